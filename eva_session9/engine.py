@@ -50,7 +50,7 @@ def forward(model: nn.Module, # any classifier
     if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): return model(x).float()
 
-# %% ../nbs/06_engine.ipynb #739acd4c
+# %% ../nbs/06_engine.ipynb #5ecfd537
 class Scores(NamedTuple):
     "Means over images."
     loss: float     # cross-entropy, nats
@@ -64,6 +64,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
          ) -> Scores:
     "One pass over `batches` with a step for each."
     device = next(model.parameters()).device
+    if len(batches) == 0: raise ValueError('there are no batches to train on; the set is empty')
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for step, (x, y) in enumerate(progress := tqdm(batches, label, leave=False)):
@@ -197,9 +198,9 @@ def make_optimizer(model: nn.Module, # its parameters are optimised
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
 
-# %% ../nbs/06_engine.ipynb #f2f327ac
+# %% ../nbs/06_engine.ipynb #724e21fb
 def fit(model: nn.Module,                     # trained in place, and moved to the device
-        train_batches: Iterable,              # of (x, y), re-iterable, with `set_epoch`
+        train_batches: Iterable,              # of (x, y), re-iterable; `set_epoch` is called where there is one
         test_batches: Iterable | None = None, # of (x, y); tested after each epoch
         config: Config = Config.session9(),   # the recipe
         device: str = 'auto',                 # as `pick_device` takes it
@@ -207,13 +208,14 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
     "Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut."
+    if iter(train_batches) is train_batches: raise ValueError('the training batches can be read only once; pass a list or a loader')
     device = pick_device(device)
     optimizer, schedule = make_optimizer(model.to(device), config)
     history = _start(model, optimizer, schedule, train_batches, config, device, out, resume)
     prepare(model, history.precision)
     for epoch in range(len(history.epochs), config.epochs):
         start, lr = time.perf_counter(), schedule.get_last_lr()[0]
-        train_batches.set_epoch(epoch)
+        if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
         scores = train(model, train_batches, optimizer, history.precision, f'epoch {epoch + 1}/{config.epochs}')
         schedule.step()
         record = {'epoch': epoch + 1, 'lr': lr, 'train_loss': scores.loss, 'train_accuracy': scores.accuracy}
