@@ -7,7 +7,7 @@ Docs: https://eva-session9.github.io/eva_session9/data.html.md"""
 # %% auto #0
 __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'ImageSet', 'cifar10', 'read_image', 'fit_square', 'image_folder', 'shapes']
 
-# %% ../nbs/01_data.ipynb #67cc92fb
+# %% ../nbs/01_data.ipynb #965c6417
 import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/01_data.ipynb #ad9c4bf2
 @dataclass(frozen=True)
@@ -76,38 +76,49 @@ def cifar10(root: str | Path | None = None # folder of the official files; None:
             "cifar-10-batches-py as the root, or train on 'shapes', which needs no files") from error
     return tuple(ImageSet(s.data, np.array(s.targets), tuple(s.classes)) for s in (train, test))
 
-# %% ../nbs/01_data.ipynb #dcfb3713
-MAX_BYTES = 32 * 2**20    # of one image file
-MAX_PIXELS = 16_000_000   # of one image, before it is decoded
+# %% ../nbs/01_data.ipynb #1a1a6b6e
+MAX_BYTES = 32 * 2**20   # of an image file
+MAX_PIXELS = 16_000_000  # of an image, known before it is decoded
 
-# %% ../nbs/01_data.ipynb #c4610548
+# %% ../nbs/01_data.ipynb #fc9fa3a7
 def read_image(file: str | Path | BinaryIO # a path, or a file open for reading bytes
               ) -> np.ndarray: # uint8 (H, W, 3), RGB
-    """One PNG, JPEG or WebP image, whatever its mode. A file that is none, damaged or too large raises `ValueError`.
+    """A PNG, JPEG or WebP image of any mode as RGB. Another format, damage or too large a size raises `ValueError`.
 
-    Turned upright by its EXIF. Gray is repeated, 16-bit gray keeps the upper eight bits, transparency is laid on white,
-    CMYK and palettes are converted as Pillow does, colour profiles are ignored, of an animation the first frame counts."""
+    Turned upright as its EXIF says. Gray is repeated, of 16-bit gray the upper eight bits count, transparency is laid on
+    white, palettes and CMYK are converted without colour profiles, and of an animation the first frame is taken."""
     data, name = _read_bytes(file)
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f'{image.width} x {image.height} pixels, expected at most {MAX_PIXELS:,}; make it smaller')
-            return np.array(_rgb(ImageOps.exif_transpose(image)))
-    except UnidentifiedImageError:
-        raise ValueError(f'{name}: expected a PNG, JPEG or WebP image; convert it or take it out') from None
-    except _DAMAGED as error: raise ValueError(f'{name}: {error or type(error).__name__}') from error
+                raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
+            return np.array(_rgb(_upright(image)))
+    except UnidentifiedImageError: raise ValueError(f'{name}: is no PNG, JPEG or WebP image; convert it') from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f'{name}: {error}; expected at most {MAX_PIXELS:,}, make it smaller') from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f'{name}: is damaged ({error}); save it again from its source') from error
 
-# %% ../nbs/01_data.ipynb #e2b302bd
-_DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-
+# %% ../nbs/01_data.ipynb #c3234c91
 def _read_bytes(file):
     "The bytes of a path or an open file, and what to call it."
     if isinstance(file, (str, Path)):
         if Path(file).is_dir(): raise ValueError(f'{file}: is a folder, expected an image file')
         with open(file, 'rb') as opened: return _read_bytes(opened)
+    if not hasattr(file, 'read'): raise TypeError(f'read_image: found {type(file).__name__}, expected a path or an open file')
     data, name = file.read(MAX_BYTES + 1), getattr(file, 'name', 'image')
-    if len(data) > MAX_BYTES: raise ValueError(f'{name}: more than {MAX_BYTES:,} bytes; make the image smaller')
+    if len(data) > MAX_BYTES: raise ValueError(f'{name}: has more than {MAX_BYTES:,} bytes, make the image smaller')
     return data, name
+
+# %% ../nbs/01_data.ipynb #d389b400
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}  # EXIF orientation -> what makes it upright
+
+def _upright(image):
+    "The image turned as its EXIF says."
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
 
 def _rgb(image):
     "The image in mode RGB, by the rules that `read_image` states."
@@ -116,73 +127,73 @@ def _rgb(image):
     white = Image.new('RGBA', image.size, 'white')
     return Image.alpha_composite(white, image.convert('RGBA')).convert('RGB')
 
-# %% ../nbs/01_data.ipynb #81837b7e
+# %% ../nbs/01_data.ipynb #3e8b9b30
 def fit_square(image: np.ndarray, # uint8 (H, W, 3)
                size: int          # pixels a side of the result
               ) -> np.ndarray: # uint8 (size, size, 3)
-    "The largest centred square of `image`, resized with antialiasing."
+    "The largest centred square of `image`, resized with antialiasing (bicubic)."
     return np.array(ImageOps.fit(Image.fromarray(image), (size, size), Image.Resampling.BICUBIC))
 
-# %% ../nbs/01_data.ipynb #b0c1a9eb
-def image_folder(path: str | Path, # holds `train` and `test` with class folders in each, or class folders
+# %% ../nbs/01_data.ipynb #63306195
+def image_folder(path: str | Path, # holds `train` and `test` with class folders in each, or the class folders
                  size: int = 32,   # pixels a side
                  seed: int = 0     # of the split, where there is no `test`
                 ) -> tuple[ImageSet, ImageSet]: # train and test
-    """Images in one folder a class. Without `train` and `test`, a fifth of each class is set apart for testing.
+    """Images in one folder a class, as squares. Without `train` and `test`, a fifth of each class is set apart for testing.
 
-    A class without images, a class in one part only, or a file that is no image raises `ValueError` and is named."""
-    path = Path(path)
-    parts = [part for part in ('train', 'test') if (path / part).is_dir()]
-    if len(parts) == 1: raise ValueError(f'{path}: found {parts[0]} alone, expected both train and test, or class folders')
-    train, test = map(_class_files, (path / 'train', path / 'test')) if parts else _split(_class_files(path), seed)
+    A file that is no image, an empty class and a class in one part only raise `ValueError`, which names them.
+    Names that begin with a dot are passed over."""
+    train, test = _parts(Path(path), seed)
     if train.keys() != test.keys():
-        raise ValueError(f'{path}: train and test must have the same classes; in one only: {sorted(train.keys() ^ test.keys())}')
+        raise ValueError(f'{path}: expected the same classes in train and test; in one only: {sorted(train.keys() ^ test.keys())}')
     pixels = _read_all([file for part in (train, test) for files in part.values() for file in files], size)
-    labels = [np.repeat(np.arange(len(part)), [len(part[name]) for name in train]) for part in (train, test)]
-    n = len(labels[0])
+    counts = [[len(part[name]) for name in train] for part in (train, test)]
+    labels, n = [np.repeat(np.arange(len(train)), count) for count in counts], sum(counts[0])
     return ImageSet(pixels[:n], labels[0], tuple(train)), ImageSet(pixels[n:], labels[1], tuple(train))
 
-# %% ../nbs/01_data.ipynb #e1096055
+# %% ../nbs/01_data.ipynb #38e17ad5
+def _parts(path, seed):
+    "The files of each class in train and in test."
+    found = [part for part in ('train', 'test') if (path / part).is_dir()]
+    if len(found) == 1: raise ValueError(f'{path}: found {found[0]} alone, expected train and test, or class folders')
+    return (_class_files(path / 'train'), _class_files(path / 'test')) if found else _split(_class_files(path), seed)
+
 def _class_files(folder):
-    "Class name -> its files, both sorted; names that begin with a dot are skipped."
+    "Class name -> its files, both sorted."
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
-    visible = lambda parent: sorted(p for p in parent.iterdir() if not p.name.startswith('.'))
-    files = {p.name: visible(p) for p in visible(folder) if p.is_dir()}
-    if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folders, expected one for each of two classes or more')
+    inside = lambda parent: sorted(p for p in parent.iterdir() if not p.name.startswith('.'))
+    files = {p.name: inside(p) for p in inside(folder) if p.is_dir()}
+    if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folders, expected one each for two classes or more')
     empty = [name for name in files if not files[name]]
-    if empty: raise ValueError(f'{folder}: no images in the class folders {empty}; fill them or take them out')
+    if empty: raise ValueError(f'{folder}: no images of {empty}; add some or remove the folders')
     return files
 
 def _split(files, seed):
-    "A fifth of each class, at least one image, and the rest: (rest, fifth)."
-    single = [name for name in files if len(files[name]) < 2]
-    if single: raise ValueError(f'expected two images or more in each class, one to train on and one to test; found one in {single}')
+    "Four fifths and one fifth of each class, at least one image in either."
+    few = [name for name in files if len(files[name]) < 2]
+    if few: raise ValueError(f'found one image only of {few}, expected two or more of each class: one to train on, one to test')
     train, test = {}, {}
     for k, name in enumerate(files):
-        order, n = np.random.default_rng((seed, k)).permutation(len(files[name])), len(files[name])
-        fifth = max(1, round(n / 5))
+        order = np.random.default_rng((seed, k)).permutation(len(files[name]))
+        fifth = max(1, round(len(order) / 5))
         train[name], test[name] = ([files[name][i] for i in sorted(part)] for part in (order[fifth:], order[:fifth]))
     return train, test
 
+# %% ../nbs/01_data.ipynb #df75cbf4
 def _read_all(files, size):
-    "Every file as a square: uint8 (N, size, size, 3). Files that cannot be read are named together."
-    bad = []
-    def read(file):
-        try: return fit_square(read_image(file), size)
-        except ValueError as error: bad.append(str(error))
-    with ThreadPoolExecutor() as pool: images = list(pool.map(read, files))
+    "Every file as a square, uint8 (N, size, size, 3). Those that cannot be used are named in one error."
+    with ThreadPoolExecutor() as pool: read = list(pool.map(lambda file: _square_or_error(file, size), files))
+    bad = [str(r) for r in read if isinstance(r, ValueError)]
     if bad:
-        more = f'\n... and {len(bad) - 10} more' if len(bad) > 10 else ''
-        raise ValueError('\n'.join([f'{len(bad)} of {len(files)} files cannot be used:', *sorted(bad)[:10]]) + more)
-    return np.stack(images)
+        more = [f'and {len(bad) - 10} more'] if len(bad) > 10 else []
+        raise ValueError('\n'.join([f'{len(bad)} of {len(files)} files cannot be used:', *bad[:10], *more]))
+    return np.stack(read)
 
-# %% ../nbs/01_data.ipynb #c8284bbf
-def _box(x, y, width, height): return np.maximum(abs(x) - width, abs(y) - height)
+def _square_or_error(file, size):
+    try: return fit_square(read_image(file), size)
+    except ValueError as error: return error
 
-def _star(x, y):
-    angle = abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5) # to the nearest of five tips
-    return np.hypot(x, y) * np.cos(angle - 2 * np.pi / 5) - 1.1 * np.cos(2 * np.pi / 5)
-
+# %% ../nbs/01_data.ipynb #1eb5966a
 _SHAPES = {
     'bar': lambda x, y: _box(x, y, 1, .3),
     'crescent': lambda x, y: np.maximum(np.hypot(x, y) - 1, .8 - np.hypot(x - .5, y)),
@@ -192,51 +203,56 @@ _SHAPES = {
     'L': lambda x, y: np.minimum(_box(x + .7, y, .3, 1), _box(x, y - .7, 1, .3)),
     'ring': lambda x, y: abs(np.hypot(x, y) - .75) - .25,
     'square': lambda x, y: _box(x, y, .9, .9),
-    'star': _star,
+    'star': lambda x, y: _star(x, y),
     'triangle': lambda x, y: np.maximum(y - .9, (2 * abs(x) - y - 1) / 5**.5)}
 
-# %% ../nbs/01_data.ipynb #cccf115a
+def _box(x, y, width, height): return np.maximum(abs(x) - width, abs(y) - height)
+
+def _star(x, y):
+    angle = abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # to the nearest of five tips
+    return np.hypot(x, y) * np.cos(angle - 2 * np.pi / 5) - 1.1 * np.cos(2 * np.pi / 5)
+
+# %% ../nbs/01_data.ipynb #ea3bb84b
 def _cover(distance, size, rng):
-    "How much of each pixel the shape covers, 0 to 1, float (size, size). Drawn: its radius, place and turn."
+    "The share of each pixel that the shape covers, float (size, size). Radius, place and turn are drawn."
     radius = size * rng.uniform(1 / 8, 1 / 4)
-    cx, cy = rng.uniform(1.25 * radius, size - 1.25 * radius, 2)
+    margin = 1.25 * radius + 1  # a corner turned by 15 degrees reaches 1.22
+    cx, cy = rng.uniform(margin, size - margin, 2)
     turn = np.deg2rad(rng.uniform(-15, 15))
     v, u = np.ogrid[:size, :size]
     u, v = (u + .5 - cx) / radius, (v + .5 - cy) / radius
     x, y = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
     return np.clip(.5 - radius * distance(x, y), 0, 1)
 
-# %% ../nbs/01_data.ipynb #c6176d08
+# %% ../nbs/01_data.ipynb #659522e5
 def _ground(size, rng):
     "Three gratings mixed into three colours: float (size, size, 3), at most one half."
     v, u = np.ogrid[:size, :size]
-    across, down = rng.uniform(-8, 8, (2, 3)) / size # cycles a pixel
+    across, down = rng.uniform(-8, 8, (2, 3)) / size  # cycles a pixel
     gratings = np.sin(2 * np.pi * (u[..., None] * across + v[..., None] * down + rng.random(3)))
-    tint = rng.uniform(0, .45, 3)
-    return np.clip(tint * (1 + .35 * gratings @ rng.uniform(-1, 1, (3, 3))), 0, .5)
+    return np.clip(rng.uniform(0, .45, 3) * (1 + .35 * gratings @ rng.uniform(-1, 1, (3, 3))), 0, .5)
 
 def _paint(rng):
-    "A colour (3,) with one channel full."
+    "A colour (3,) with one channel full, so that it shows on every ground."
     paint = rng.uniform(.35, 1, 3)
     paint[rng.integers(3)] = 1
     return paint
 
-# %% ../nbs/01_data.ipynb #a041bca7
+# %% ../nbs/01_data.ipynb #f00e5b88
 def shapes(n: int,                         # images; the classes take turns
-           seed: int = 0,                  # of shape, place, turn and colour; image i depends on the seed and i alone
-           size: int = 32,                 # pixels a side; a shape is a quarter to a half of it
+           seed: int = 0,                  # of size, place, turn and colour of the shapes
+           size: int = 32,                 # pixels a side; a shape is a quarter to a half of that
            ground_seed: int | None = None, # of the grounds; None: `seed`
-           erase: bool = False             # leave the shapes out; masks and labels stay
-          ) -> ImageSet: # with masks: the pixels that the shape touches
-    "Ten shapes on textured grounds; neither colour nor ground tells the class."
-    ground_seed, classes = seed if ground_seed is None else ground_seed, tuple(_SHAPES)
+           erase: bool = False             # leave the shapes out, but not their labels and masks
+          ) -> ImageSet: # its masks are the pixels that a shape touches
+    "Ten shapes on textured grounds; neither colour nor ground tells the class. Image i depends on the seeds and i alone."
+    if n < 1 or size < 16: raise ValueError(f'shapes: found n={n}, size={size}; expected n of 1 or more, size of 16 or more')
+    classes, ground_seed = tuple(_SHAPES), seed if ground_seed is None else ground_seed
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), bool)
     labels = np.arange(n) % len(classes)
     for i, label in enumerate(labels):
-        rng = np.random.default_rng((seed, i))
-        ground = _ground(size, np.random.default_rng((ground_seed, i, 1)))
-        paint, cover = _paint(rng), _cover(_SHAPES[classes[label]], size, rng)
+        rng, ground_rng = np.random.default_rng((seed, i)), np.random.default_rng((ground_seed, i, 1))
+        ground, cover = _ground(size, ground_rng), _cover(_SHAPES[classes[label]], size, rng)
         masks[i] = cover > 0
-        shown = 0 if erase else cover[..., None]
-        images[i] = np.rint(255 * (ground + shown * (paint - ground)))
+        images[i] = np.rint(255 * (ground if erase else ground + cover[..., None] * (_paint(rng) - ground)))
     return ImageSet(images, labels, classes, masks)

@@ -55,7 +55,8 @@ def train_small(out, seed, workers, when):
     seed_everything(seed)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
                           nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    batches = loader(images, train_transforms(mean, std, config), config.batch_size, seed, workers)
+    batches = loader(images, train_transforms(mean, std, config), config.batch_size, seed, workers,
+                     multiprocessing_context='fork' if workers else None)
     batches.__class__ = Killed
     batches.when = when
     tests = loader(images, test_transforms(mean, std), 24, shuffle=False)

@@ -235,7 +235,7 @@ def _backward(seen, t):
         if gradient is None: raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations')
     return {name: _at_least_float32(gradient) for name, gradient in zip(seen.nodes, found)}
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #882556d2
+# %% ../../nbs/08a_gradcam.cam.ipynb #64aaf747
 def linear_weight(seen: ForwardPass, # a pass
                   name: str          # one of its layers
                   ) -> Tensor | None:
@@ -244,8 +244,9 @@ def linear_weight(seen: ForwardPass, # a pass
     weight, features, output = seen.linear
     means = seen.nodes[name].detach().mean((2, 3))
     if features.shape != means.shape or output.shape != seen.logits.shape: return None
-    rounding = 32 * torch.finfo(features.dtype).eps * means.abs().max()
-    same = (features - means).abs().max() <= rounding and torch.equal(output, seen.logits)
+    known = features.isfinite().all(1)  # an image with NaNs must not decide for the others
+    rounding = 32 * torch.finfo(features.dtype).eps * features[known].abs().amax(1, keepdim=True)
+    same = ((features - means)[known].abs() <= rounding).all() and torch.equal(output[known], seen.logits[known])
     return _at_least_float32(weight.detach()) if same else None
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #7f47423a

@@ -1,0 +1,186 @@
+"""The CAM methods in float32 against pytorch-grad-cam 1.5.7 in float64 and against captum 0.9.0, on networks with random
+weights and batch statistics that are not 0 and 1.
+
+Why float64: where a map is nearly uniform, stretching it to 0..1 magnifies rounding, and in float32 the peer itself is up
+to 6e-6 from its own result in float64. Where the peers disagree, after a layer whose output is changed in place, captum is right."""
+import copy
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+
+from eva_session9.gradcam import METHODS, GradCAM, GradCAMPlusPlus, Heatmaps
+from eva_session9.models.resnet import resnet18
+
+peer = pytest.importorskip('pytorch_grad_cam', reason='needs grad-cam, of the dev extra')
+captum = pytest.importorskip('captum.attr', reason='needs captum, of the dev extra')
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
+
+
+def randomised(model):
+    "The network in eval mode with batch statistics and affine parameters drawn at random."
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def networks():
+    "Name -> network, layers that a ReLU ends, size of the images (not square: nothing may depend on it)."
+    from torchvision.models import resnet18 as torchvision_resnet18, vgg11
+    torch.manual_seed(0)
+    vgg = vgg11(num_classes=10)
+    vgg.classifier = nn.Linear(512 * 7 * 7, 10)  # its own has 120 million weights
+    return {'cifar': (randomised(resnet18()), ['layer2', 'layer3', 'layer4'], (32, 24)),
+            'torchvision': (randomised(torchvision_resnet18(num_classes=10)), ['layer2', 'layer3', 'layer4'], (64, 96)),
+            'vgg': (randomised(vgg), ['features.9', 'features.19'], (64, 32))}
+
+
+def batch(size, n):
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(n)), [(3 * i + 1) % 10 for i in range(n)]
+
+
+def of_peer(method, model, layers, images, classes, dtype=torch.float64):
+    "Maps by pytorch-grad-cam: of each layer, (N, L, H, W), and of all averaged, (N, H, W)."
+    model = copy.deepcopy(model).to(dtype)
+    cam = getattr(peer, method)(model, [model.get_submodule(layer) for layer in layers])
+    average, cam.aggregate_multi_layers = cam.aggregate_multi_layers, lambda per_layer: per_layer
+    per_layer = cam(images.to(dtype), [ClassifierOutputTarget(c) for c in classes])
+    return torch.stack([torch.from_numpy(average([maps])) for maps in per_layer], 1), torch.from_numpy(average(per_layer))
+
+
+@pytest.mark.parametrize('n', [1, 5])
+@pytest.mark.parametrize('network', ['cifar', 'torchvision', 'vgg'])
+@pytest.mark.parametrize('method, tolerance', [
+    ('GradCAM', 5e-6), ('HiResCAM', 5e-6), ('LayerCAM', 5e-6), ('XGradCAM', 1e-5), ('GradCAMPlusPlus', 1e-5)])
+def test_gradient_methods_agree_with_pytorch_grad_cam(networks, network, method, tolerance, n):
+    model, layers, size = networks[network]
+    images, classes = batch(size, n)
+    if method == 'GradCAMPlusPlus': ours = GradCAMPlusPlus(model, layers, eps=1e-6)(images, classes)
+    else: ours = METHODS[method](model, layers)(images, classes)
+    maps, mean = of_peer(method, model, layers, images, classes)
+    torch.testing.assert_close(ours.maps, maps, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours.fuse(), mean, rtol=0, atol=tolerance)
+
+
+def test_the_prediction_is_the_default_of_both(networks):
+    model, layers, size = networks['cifar']
+    images, _ = batch(size, 5)
+    with torch.no_grad(): predicted = model(images).argmax(1)
+    ours = GradCAM(model, 'layer3')(images)
+    torch.testing.assert_close(ours.maps, of_peer('GradCAM', model, ['layer3'], images, predicted.tolist())[0], rtol=0, atol=5e-6)
+    assert ours.target.equal(predicted)
+
+
+@pytest.mark.parametrize('n', [1, 5])
+def test_eigen_cam_agrees_up_to_sign(networks, n):
+    model, layers, size = networks['cifar']
+    images, classes = batch(size, n)
+    ours = METHODS['EigenCAM'](model, layers)(images, classes)
+    flipped = Heatmaps({name: -raw for name, raw in ours.raw.items()}, ours.size, ours.logits, ours.target)
+    expected = of_peer('EigenCAM', model, layers, images, classes)[0]
+    apart = torch.stack([(heatmaps.maps - expected).abs().amax((2, 3)) for heatmaps in (ours, flipped)])
+    assert apart.amin(0).max() < 1e-4
+
+
+@pytest.mark.parametrize('n', [1, 5])
+def test_score_cam_agrees(networks, n):
+    model = networks['cifar'][0]
+    images, classes = batch((16, 12), n)
+    ours = METHODS['ScoreCAM'](model, 'layer2')(images, classes)
+    torch.testing.assert_close(ours.maps, of_peer('ScoreCAM', model, ['layer2'], images, classes, torch.float32)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('layer', ['layer3', 'layer4'])
+def test_ablation_cam_agrees_where_the_score_is_positive(networks, layer):
+    model = networks['cifar'][0]
+    images, _ = batch((16, 12), 2)
+    with torch.no_grad(): score, classes = model(images).max(1)
+    assert (score > 0).all()
+    ours = METHODS['AblationCAM'](model, layer)(images, classes)
+    expected = of_peer('AblationCAM', model, [layer], images, classes.tolist(), torch.float32)[0]
+    torch.testing.assert_close(ours.maps, expected, rtol=0, atol=1e-3)  # weights are small differences of float32 logits
+
+
+@pytest.mark.parametrize('n', [1, 5])
+@pytest.mark.parametrize('network, layers', [
+    ('cifar', ['layer2', 'layer3', 'layer4', 'layer2.1.bn2']),
+    ('torchvision', ['layer2', 'layer3', 'layer4', 'layer3.1.bn2', 'layer4.1.bn2']),  # an addition in place follows bn2
+    ('vgg', ['features.8', 'features.9', 'features.18', 'features.19'])])             # a ReLU in place follows 8 and 18
+def test_raw_maps_agree_with_captum(networks, network, layers, n):
+    model, _, size = networks[network]
+    images, classes = batch(size, n)
+    ours = GradCAM(model, layers)(images, classes)
+    for layer in layers:
+        theirs = captum.LayerGradCam(model, model.get_submodule(layer)).attribute(images, target=classes)
+        torch.testing.assert_close(ours.raw[layer], theirs[:, 0].detach(), rtol=0, atol=1e-6)
+
+
+def test_hires_cam_agrees_with_captum(networks):
+    model, layers, size = networks['torchvision']
+    images, classes = batch(size, 5)
+    ours = METHODS['HiResCAM'](model, layers)(images, classes)
+    for layer in layers:
+        theirs = captum.LayerGradientXActivation(model, model.get_submodule(layer)).attribute(images, target=classes)
+        torch.testing.assert_close(ours.raw[layer], theirs.sum(1).detach(), rtol=0, atol=1e-6)
+
+
+def test_the_warning_for_a_shared_module_points_at_the_caller():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.fc = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x): return self.fc(self.relu(self.relu(self.conv(x)) - 0.1).mean((2, 3)))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        GradCAM(Shared(), 'relu')(torch.randn(1, 3, 8, 8))
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_the_package_loads_no_heavy_dependency():
+    code = ("import sys, eva_session9.gradcam; "
+            "print([m for m in ('cv2', 'albumentations', 'matplotlib', 'ipywidgets', 'torchvision', 'torch._dynamo') if m in sys.modules])")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+EXPLAIN_ON_ONE_RANK = '''
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from eva_session9.gradcam import GradCAM
+rank = int(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+model = DistributedDataParallel(net)
+images = torch.randn(2, 3, 8, 8)
+if rank == 0:
+    heatmaps = GradCAM(model, '0')(images, 1)      # would wait for rank 1 if it ran the wrapper
+    assert heatmaps.maps.equal(GradCAM(net, '0')(images, 1).maps)
+    assert all(p.grad is None for p in model.parameters())
+model(images).sum().backward()                      # and both ranks still train together
+dist.destroy_process_group()
+print('done')
+'''
+
+
+def test_one_rank_of_two_can_explain(tmp_path):
+    command = [sys.executable, '-c', EXPLAIN_ON_ONE_RANK]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / 'store')], stdout=subprocess.PIPE, text=True, env=environment)
+             for rank in (0, 1)]
+    try:
+        assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ['done', 'done']
+    finally:
+        for rank in ranks: rank.kill()
