@@ -45,7 +45,7 @@ class ImageSet:
         std = np.sqrt(counts @ values**2 / total - mean**2)
         return tuple(mean.tolist()), tuple(std.tolist())
 
-# %% ../nbs/01_data.ipynb #f6fee794
+# %% ../nbs/01_data.ipynb #7ff5c9fd
 def _check_set(s):
     "Raise `ValueError` unless the arrays of `s` fit each other."
     problems = [
@@ -59,34 +59,36 @@ def _check_set(s):
     for wrong, message in problems:
         if wrong: raise ValueError(f'ImageSet: {message}')
     if s.labels.min() < 0 or s.labels.max() >= len(s.classes):
-        raise ValueError(f'ImageSet: labels run from {s.labels.min()} to {s.labels.max()}, expected 0 to {len(s.classes) - 1} '
-                         f'for {len(s.classes)} classes')
+        raise ValueError(f'ImageSet: labels run from {s.labels.min()} to {s.labels.max()}, '
+                         f'expected 0 to {len(s.classes) - 1} for {len(s.classes)} classes')
 
-# %% ../nbs/01_data.ipynb #44c47ef6
+# %% ../nbs/01_data.ipynb #c75577c5
 def cifar10(root: str | Path | None = None # folder of the official files; None: the user's cache folder
            ) -> tuple[ImageSet, ImageSet]: # the 50,000 training and the 10,000 test images
-    "CIFAR-10 ([Krizhevsky 2009](https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf)), downloaded when absent."
+    """CIFAR-10, downloaded when absent. Where that fails, or a file is not as published: `FileNotFoundError`.
+
+    Source: [Krizhevsky 2009](https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf)."""
     from fastcore.xdg import xdg_cache_home
     from torchvision.datasets import CIFAR10
     root = Path(root) if root else xdg_cache_home() / 'eva_session9'
     try: train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f'CIFAR-10 is not in {root} and could not be downloaded ({error}). Give the folder that holds '
-            "cifar-10-batches-py as the root, or train on 'shapes', which needs no files") from error
+            f'CIFAR-10 is not in {root}, or not as published, and could not be downloaded ({error}). Give the folder '
+            "that holds cifar-10-batches-py as the root, or train on 'shapes', which needs no files") from error
     return tuple(ImageSet(s.data, np.array(s.targets), tuple(s.classes)) for s in (train, test))
 
 # %% ../nbs/01_data.ipynb #1a1a6b6e
 MAX_BYTES = 32 * 2**20   # of an image file
 MAX_PIXELS = 16_000_000  # of an image, known before it is decoded
 
-# %% ../nbs/01_data.ipynb #fc9fa3a7
+# %% ../nbs/01_data.ipynb #9f6d2d57
 def read_image(file: str | Path | BinaryIO # a path, or a file open for reading bytes
               ) -> np.ndarray: # uint8 (H, W, 3), RGB
     """A PNG, JPEG or WebP image of any mode as RGB. Another format, damage or too large a size raises `ValueError`.
 
-    Turned upright as its EXIF says. Gray is repeated, of 16-bit gray the upper eight bits count, transparency is laid on
-    white, palettes and CMYK are converted without colour profiles, and of an animation the first frame is taken."""
+    Turned upright as its EXIF says. Gray is repeated, of 16-bit gray the upper eight bits count, transparency is laid
+    on white, palettes and CMYK are converted without colour profiles, and of an animation the first frame is taken."""
     data, name = _read_bytes(file)
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
@@ -99,13 +101,13 @@ def read_image(file: str | Path | BinaryIO # a path, or a file open for reading 
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f'{name}: is damaged ({error}); save it again from its source') from error
 
-# %% ../nbs/01_data.ipynb #c3234c91
+# %% ../nbs/01_data.ipynb #40ee9180
 def _read_bytes(file):
     "The bytes of a path or an open file, and what to call it."
     if isinstance(file, (str, Path)):
         if Path(file).is_dir(): raise ValueError(f'{file}: is a folder, expected an image file')
         with open(file, 'rb') as opened: return _read_bytes(opened)
-    if not hasattr(file, 'read'): raise TypeError(f'read_image: found {type(file).__name__}, expected a path or an open file')
+    if not hasattr(file, 'read'): raise TypeError(f'found {type(file).__name__}, expected a path or an open file')
     data, name = file.read(MAX_BYTES + 1), getattr(file, 'name', 'image')
     if len(data) > MAX_BYTES: raise ValueError(f'{name}: has more than {MAX_BYTES:,} bytes, make the image smaller')
     return data, name
@@ -134,24 +136,24 @@ def fit_square(image: np.ndarray, # uint8 (H, W, 3)
     "The largest centred square of `image`, resized with antialiasing (bicubic)."
     return np.array(ImageOps.fit(Image.fromarray(image), (size, size), Image.Resampling.BICUBIC))
 
-# %% ../nbs/01_data.ipynb #63306195
+# %% ../nbs/01_data.ipynb #24b64b13
 def image_folder(path: str | Path, # holds `train` and `test` with class folders in each, or the class folders
                  size: int = 32,   # pixels a side
                  seed: int = 0     # of the split, where there is no `test`
                 ) -> tuple[ImageSet, ImageSet]: # train and test
-    """Images in one folder a class, as squares. Without `train` and `test`, a fifth of each class is set apart for testing.
+    """Images in one folder a class, as squares. Without `train` and `test`, a fifth of each class becomes the test set.
 
     A file that is no image, an empty class and a class in one part only raise `ValueError`, which names them.
     Names that begin with a dot are passed over."""
     train, test = _parts(Path(path), seed)
-    if train.keys() != test.keys():
-        raise ValueError(f'{path}: expected the same classes in train and test; in one only: {sorted(train.keys() ^ test.keys())}')
+    lone = sorted(train.keys() ^ test.keys())
+    if lone: raise ValueError(f'{path}: expected the same classes in train and test; in one only: {lone}')
     pixels = _read_all([file for part in (train, test) for files in part.values() for file in files], size)
     counts = [[len(part[name]) for name in train] for part in (train, test)]
     labels, n = [np.repeat(np.arange(len(train)), count) for count in counts], sum(counts[0])
     return ImageSet(pixels[:n], labels[0], tuple(train)), ImageSet(pixels[n:], labels[1], tuple(train))
 
-# %% ../nbs/01_data.ipynb #38e17ad5
+# %% ../nbs/01_data.ipynb #f7b250d7
 def _parts(path, seed):
     "The files of each class in train and in test."
     found = [part for part in ('train', 'test') if (path / part).is_dir()]
@@ -161,17 +163,18 @@ def _parts(path, seed):
 def _class_files(folder):
     "Class name -> its files, both sorted."
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
-    inside = lambda parent: sorted(p for p in parent.iterdir() if not p.name.startswith('.'))
-    files = {p.name: inside(p) for p in inside(folder) if p.is_dir()}
-    if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folders, expected one each for two classes or more')
+    files = {p.name: _visible(p) for p in _visible(folder) if p.is_dir()}
+    if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folders, expected two or more')
     empty = [name for name in files if not files[name]]
     if empty: raise ValueError(f'{folder}: no images of {empty}; add some or remove the folders')
     return files
 
+def _visible(folder): return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+
 def _split(files, seed):
     "Four fifths and one fifth of each class, at least one image in either."
     few = [name for name in files if len(files[name]) < 2]
-    if few: raise ValueError(f'found one image only of {few}, expected two or more of each class: one to train on, one to test')
+    if few: raise ValueError(f'found one image only of {few}, expected two or more: one to train on, one to test')
     train, test = {}, {}
     for k, name in enumerate(files):
         order = np.random.default_rng((seed, k)).permutation(len(files[name]))
@@ -193,7 +196,13 @@ def _square_or_error(file, size):
     try: return fit_square(read_image(file), size)
     except ValueError as error: return error
 
-# %% ../nbs/01_data.ipynb #1eb5966a
+# %% ../nbs/01_data.ipynb #e94da8d3
+def _box(x, y, width, height): return np.maximum(abs(x) - width, abs(y) - height)
+
+def _star(x, y):
+    angle = abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # to the nearest of five tips
+    return np.hypot(x, y) * np.cos(angle - 2 * np.pi / 5) - 1.1 * np.cos(2 * np.pi / 5)
+
 _SHAPES = {
     'bar': lambda x, y: _box(x, y, 1, .3),
     'crescent': lambda x, y: np.maximum(np.hypot(x, y) - 1, .8 - np.hypot(x - .5, y)),
@@ -203,14 +212,8 @@ _SHAPES = {
     'L': lambda x, y: np.minimum(_box(x + .7, y, .3, 1), _box(x, y - .7, 1, .3)),
     'ring': lambda x, y: abs(np.hypot(x, y) - .75) - .25,
     'square': lambda x, y: _box(x, y, .9, .9),
-    'star': lambda x, y: _star(x, y),
+    'star': _star,
     'triangle': lambda x, y: np.maximum(y - .9, (2 * abs(x) - y - 1) / 5**.5)}
-
-def _box(x, y, width, height): return np.maximum(abs(x) - width, abs(y) - height)
-
-def _star(x, y):
-    angle = abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # to the nearest of five tips
-    return np.hypot(x, y) * np.cos(angle - 2 * np.pi / 5) - 1.1 * np.cos(2 * np.pi / 5)
 
 # %% ../nbs/01_data.ipynb #ea3bb84b
 def _cover(distance, size, rng):
@@ -238,15 +241,15 @@ def _paint(rng):
     paint[rng.integers(3)] = 1
     return paint
 
-# %% ../nbs/01_data.ipynb #f00e5b88
+# %% ../nbs/01_data.ipynb #b8bb35f1
 def shapes(n: int,                         # images; the classes take turns
            seed: int = 0,                  # of size, place, turn and colour of the shapes
            size: int = 32,                 # pixels a side; a shape is a quarter to a half of that
            ground_seed: int | None = None, # of the grounds; None: `seed`
            erase: bool = False             # leave the shapes out, but not their labels and masks
           ) -> ImageSet: # its masks are the pixels that a shape touches
-    "Ten shapes on textured grounds; neither colour nor ground tells the class. Image i depends on the seeds and i alone."
-    if n < 1 or size < 16: raise ValueError(f'shapes: found n={n}, size={size}; expected n of 1 or more, size of 16 or more')
+    "Ten shapes on textured grounds; neither colour nor ground tells the class. Image i depends on seeds and i alone."
+    if n < 1 or size < 16: raise ValueError(f'found n={n}, size={size}; expected n of at least 1, size of at least 16')
     classes, ground_seed = tuple(_SHAPES), seed if ground_seed is None else ground_seed
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), bool)
     labels = np.arange(n) % len(classes)

@@ -198,7 +198,7 @@ def make_optimizer(model: nn.Module, # its parameters are optimised
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
 
-# %% ../nbs/06_engine.ipynb #724e21fb
+# %% ../nbs/06_engine.ipynb #57810949
 def fit(model: nn.Module,                     # trained in place, and moved to the device
         train_batches: Iterable,              # of (x, y), re-iterable; `set_epoch` is called where there is one
         test_batches: Iterable | None = None, # of (x, y); tested after each epoch
@@ -213,18 +213,25 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     optimizer, schedule = make_optimizer(model.to(device), config)
     history = _start(model, optimizer, schedule, train_batches, config, device, out, resume)
     prepare(model, history.precision)
-    for epoch in range(len(history.epochs), config.epochs):
+    done = len(history.epochs)
+    for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
         start, lr = time.perf_counter(), schedule.get_last_lr()[0]
-        if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
-        scores = train(model, train_batches, optimizer, history.precision, f'epoch {epoch + 1}/{config.epochs}')
+        scores = _epoch(model, optimizer, train_batches, test_batches, history.precision, epoch)
         schedule.step()
-        record = {'epoch': epoch + 1, 'lr': lr, 'train_loss': scores.loss, 'train_accuracy': scores.accuracy}
-        if test_batches is not None:
-            tested = test(model, test_batches, history.precision)
-            record |= {'test_loss': tested.loss, 'test_accuracy': tested.accuracy}
-        history.epochs.append(record | {'seconds': round(time.perf_counter() - start, 2)})
+        history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
+        bar.set_postfix({name: f'{value:.2%}' for name, value in scores.items() if 'accuracy' in name})
         if out is not None: save_checkpoint(out, epoch + 1, _state(model, optimizer, schedule, train_batches, history))
     return history
+
+# %% ../nbs/06_engine.ipynb #be985030
+def _epoch(model, optimizer, train_batches, test_batches, precision, epoch):
+    "Train for one epoch and test, if there is something to test on; the scores by name."
+    if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
+    trained = train(model, train_batches, optimizer, precision, f'epoch {epoch + 1}')
+    scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
+    if test_batches is None: return scores
+    tested = test(model, test_batches, precision)
+    return scores | {'test_loss': tested.loss, 'test_accuracy': tested.accuracy}
 
 # %% ../nbs/06_engine.ipynb #f5b26221
 def _state(model, optimizer, schedule, batches, history):

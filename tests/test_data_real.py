@@ -86,7 +86,8 @@ def test_a_folder_that_was_unpacked_halfway_is_refused(asked, tmp_path):
 
 def test_without_network_both_ways_out_are_named(asked, tmp_path):
     with pytest.raises(FileNotFoundError) as raised: cifar10(tmp_path / 'new')
-    for words in (str(tmp_path / 'new'), 'no network', 'cifar-10-batches-py', 'shapes'): assert words in str(raised.value)
+    for words in (str(tmp_path / 'new'), 'no network', 'cifar-10-batches-py', 'shapes'):
+        assert words in str(raised.value)
     assert asked and all('cifar-10' in address for address in asked)
     assert [path for path in tmp_path.rglob('*') if path.is_file()] == []
 
