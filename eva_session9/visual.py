@@ -28,9 +28,9 @@ from .engine import Evaluation, History
 from .gradcam import Heatmaps, Status
 from .lr_finder import LRCurve
 
-# %% ../nbs/09_visual.ipynb #980a0c10
+# %% ../nbs/09_visual.ipynb #cd4aa6dc
 class Picture(Figure):
-    "A matplotlib `Figure` that a notebook shows without pyplot, and that reads as its title where no image can be shown."
+    "A matplotlib `Figure` that a notebook shows without pyplot; where no image can be shown it reads as its title."
     def _repr_png_(self):
         full, small = BytesIO(), BytesIO()
         self.savefig(full, format='png')
@@ -40,8 +40,8 @@ class Picture(Figure):
 
     def __repr__(self): return f'Picture({self.get_suptitle()!r}, {len(self.axes)} axes)'
 
-# %% ../nbs/09_visual.ipynb #60e96e96
-_BLUE, _VERMILLION, _GREY = '#0072B2', '#D55E00', '#6E6E6E'  # apart for every kind of colour vision (Okabe and Ito 2008)
+# %% ../nbs/09_visual.ipynb #a7936f8f
+_BLUE, _VERMILLION, _GREY = '#0072B2', '#D55E00', '#6E6E6E'  # apart in every colour vision (Okabe and Ito 2008)
 
 def _picture(title, width, height, layout='compressed'):
     "An empty page of this size, in inches, with its title."
@@ -70,7 +70,7 @@ def _legend(axes, place='best'):
     "A legend without a frame, over whatever is behind it."
     axes.legend(loc=place, fontsize=8, facecolor='white', edgecolor='none', framealpha=0.8, borderpad=0.2)
 
-# %% ../nbs/09_visual.ipynb #ae648060
+# %% ../nbs/09_visual.ipynb #4b6c1aa8
 def _tiles(title, images, labels, across=8):
     "Every image with its label, at most `across` in a row, the rows as even as they can be."
     rows = ceil(len(images) / across)
@@ -85,7 +85,8 @@ def plot_samples(images: ImageSet,      # at most 256; choose with `.subset(rang
                  title: str = 'Samples' # above all of them
                 ) -> Picture:
     "Every image of the set with its class. More than 256 images raise `ValueError`."
-    if len(images) > 256: raise ValueError(f'{len(images):,} images do not fit one figure; choose some: images.subset(range(20))')
+    if len(images) > 256:
+        raise ValueError(f'{len(images):,} images do not fit one figure; choose some: images.subset(range(20))')
     return _tiles(title, images.images, [images.classes[label] for label in images.labels])
 
 # %% ../nbs/09_visual.ipynb #20fb056f
@@ -112,7 +113,7 @@ def plot_augmentation(dataset,               # addressed by (epoch, index), such
     title = f'Image {index} ({images.classes[images.labels[index]]}) and what each epoch makes of it'
     return _tiles(title, [images.images[index], *seen], ['original', *(f'epoch {e + 1}' for e in range(epochs))])
 
-# %% ../nbs/09_visual.ipynb #e110131a
+# %% ../nbs/09_visual.ipynb #8adf3619
 def _mark_drops(axes, epochs):
     "A dotted line with the new learning rate above it, wherever the rate falls to half or less."
     for before, after in zip(epochs, epochs[1:]):
@@ -137,7 +138,8 @@ def plot_history(history: History # of at least one epoch
     if not history.epochs: raise ValueError('the history has no epochs yet; `fit` records one after each')
     last = history.epochs[-1]
     split = 'test' if 'test_accuracy' in last else 'train'
-    picture = _picture(f"Epoch {last['epoch']}: {split} accuracy {last[f'{split}_accuracy']:.2%}", 7.2, 2.9, 'constrained')
+    title = f"Epoch {last['epoch']}: {split} accuracy {last[f'{split}_accuracy']:.2%}"
+    picture = _picture(title, 7.2, 2.9, 'constrained')
     loss, accuracy = picture.subplots(1, 2)
     _curve_axes(loss, 'Loss: cross-entropy, mean over images\n', 'epoch')
     _curve_axes(accuracy, 'Accuracy, %\n', 'epoch')
@@ -145,14 +147,15 @@ def plot_history(history: History # of at least one epoch
     _plot_measure(accuracy, history.epochs, 'accuracy', 100, '{:.2f}%')
     return picture
 
-# %% ../nbs/09_visual.ipynb #3d191ae6
+# %% ../nbs/09_visual.ipynb #0d94df25
 def plot_lr(curve: LRCurve # of a sweep
            ) -> Picture:
     "The loss at each learning rate, the line fitted through it, and what can be read from it, or why nothing can."
     read = curve.suggestions
-    picture = _picture(f'Suggested learning rate: {curve.lr:.2g}' if read else 'No learning rate can be read from this sweep', 6, 3.2, 'constrained')
+    title = f'Suggested learning rate: {curve.lr:.2g}' if read else 'No learning rate can be read from this sweep'
+    picture = _picture(title, 6, 3.2, 'constrained')
     axes = picture.subplots()
-    _curve_axes(axes, '\n'.join(textwrap.fill(caveat, 100) for caveat in curve.caveats), 'learning rate, logarithmic')
+    _curve_axes(axes, '\n'.join(textwrap.fill(caveat, 70) for caveat in curve.caveats), 'learning rate, logarithmic')
     axes.set_ylabel('cross-entropy', fontsize=8)
     axes.set_xscale('log')
     axes.plot(curve.lrs, curve.losses, '.', color=_GREY, alpha=0.5, label='loss of a batch')
@@ -162,15 +165,16 @@ def plot_lr(curve: LRCurve # of a sweep
     _legend(axes, 'lower left')
     return picture
 
-# %% ../nbs/09_visual.ipynb #380d34ed
+# %% ../nbs/09_visual.ipynb #5c398e06
 def _mark_suggestions(axes, curve):
     "The fitted line, a mark on it for each suggestion, and a dotted line at the recommended one."
     axes.plot(curve.lrs, curve.smooth, color=_BLUE, label='fitted')
     for (name, lr), mark in zip(curve.suggestions.items(), 'o^sDv'):
-        axes.plot(lr, np.interp(np.log(lr), np.log(curve.lrs), curve.smooth), mark, color=_VERMILLION, label=f'{name}: {lr:.2g}')
+        loss = np.interp(np.log(lr), np.log(curve.lrs), curve.smooth)
+        axes.plot(lr, loss, mark, color=_VERMILLION, label=f'{name}: {lr:.2g}')
     axes.axvline(curve.lr, color=_GREY, linestyle=':', linewidth=1)
 
-# %% ../nbs/09_visual.ipynb #65c4157f
+# %% ../nbs/09_visual.ipynb #525dc131
 def plot_confusion(evaluation: Evaluation, # of N images
                    classes: Sequence[str]  # names of the K classes
                   ) -> Picture:
@@ -178,7 +182,8 @@ def plot_confusion(evaluation: Evaluation, # of N images
     counts, k = evaluation.confusion, len(classes)
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), counts.sum().item()
-    picture = _picture(f'{right:,} of {n:,} images right ({right / n:.2%})', 1.6 + 0.5 * k, 1.2 + 0.42 * k, 'constrained')
+    title = f'{right:,} of {n:,} images right ({right / n:.2%})'
+    picture = _picture(title, 1.6 + 0.5 * k, 1.2 + 0.42 * k, 'constrained')
     axes = picture.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
@@ -191,11 +196,11 @@ def plot_confusion(evaluation: Evaluation, # of N images
     axes.set_ylabel('true', fontsize=9)
     return picture
 
-# %% ../nbs/09_visual.ipynb #634cfa97
+# %% ../nbs/09_visual.ipynb #3d994c1f
 @lru_cache
 def _palette(cmap):
     "The 256 colours of a matplotlib colour map, uint8 (256, 3)."
-    if cmap not in colormaps: raise ValueError(f'no colour map {cmap!r}; among many others there are inferno, viridis, cividis, gray')
+    if cmap not in colormaps: raise ValueError(f'no colour map {cmap!r}; try inferno, viridis, cividis or gray')
     return (255 * colormaps[cmap](np.arange(256))[:, :3]).round().astype(np.uint8)
 
 def overlay(image: np.ndarray,             # uint8 (..., H, W, 3), RGB
@@ -206,13 +211,15 @@ def overlay(image: np.ndarray,             # uint8 (..., H, W, 3), RGB
     "The coloured heatmap over the image, uint8 (..., H, W, 3): `(1 - alpha) * image + alpha * colour` in every pixel."
     heat = heatmap.detach().cpu().numpy() if isinstance(heatmap, Tensor) else np.asarray(heatmap)
     if image.dtype != np.uint8 or image.shape != (*heat.shape, 3):
-        raise ValueError(f'overlay: found image {image.dtype} {image.shape} and heatmap {heat.shape}, expected uint8 (..., H, W, 3) and (..., H, W)')
-    if not (heat.min() >= 0 and heat.max() <= 1): raise ValueError(f'overlay: the heatmap runs from {heat.min()} to {heat.max()}, expected 0 to 1')
+        raise ValueError(f'overlay: found image {image.dtype} {image.shape} and heatmap {heat.shape}, '
+                         'expected uint8 (..., H, W, 3) and (..., H, W)')
+    if not (heat.min() >= 0 and heat.max() <= 1):
+        raise ValueError(f'overlay: the heatmap runs from {heat.min()} to {heat.max()}, expected 0 to 1')
     if not 0 <= alpha <= 1: raise ValueError(f'overlay: found alpha {alpha}, expected 0 to 1')
     colours = _palette(cmap)[(255 * heat).round().astype(np.uint8)]
     return ((1 - alpha) * image + alpha * colours).round().astype(np.uint8)
 
-# %% ../nbs/09_visual.ipynb #932f83b7
+# %% ../nbs/09_visual.ipynb #2525ffc4
 def plot_heatmaps(images: np.ndarray,                # uint8 (N, H, W, 3), those that were explained
                   heatmaps: Heatmaps,                # of one class an image
                   labels: Sequence[str] = (),        # beside each image; none by default
@@ -223,13 +230,15 @@ def plot_heatmaps(images: np.ndarray,                # uint8 (N, H, W, 3), those
     "A row for each image: the image, then its heatmap at every layer, or why there is none."
     maps, layers = heatmaps.maps, heatmaps.layers
     expected = (len(images), len(layers), *images.shape[1:3])
-    if maps.shape != expected: raise ValueError(f"plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, "
-                                                f"expected {expected}; of target='all' choose one class")
+    if maps.shape != expected:
+        raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, '
+                         f"expected {expected}; of target='all' choose one class")
     picture = _picture(title, 1.15 * (1 + len(layers)) + (1.1 if labels else 0), 1.15 * len(images) + 0.7)
     grid = picture.subplots(len(images), 1 + len(layers), squeeze=False)
     for row, image, image_maps, status in zip(grid, images, maps, heatmaps.status):
         _image_axes(row[0], image)
-        for axes, heatmap, code in zip(row[1:], image_maps, status): _heatmap_axes(axes, image, heatmap, Status(code.item()), alpha, cmap)
+        for axes, heatmap, code in zip(row[1:], image_maps, status):
+            _heatmap_axes(axes, image, heatmap, Status(code.item()), alpha, cmap)
     for axes, label in zip(grid[:, 0], labels): axes.set_ylabel(label, fontsize=8, rotation=0, ha='right', va='center')
     titles = ['image', *(f'{name}\n{h} x {w} cells' for name, (h, w) in heatmaps.grid.items())]
     for axes, text in zip(grid[0], titles): axes.set_title(text, fontsize=8)
@@ -242,7 +251,7 @@ def _heatmap_axes(axes, image, heatmap, status, alpha, cmap):
     _image_axes(axes, 255 - (255 - image) // 4)
     axes.text(0.5, 0.5, str(status).replace(' ', '\n'), transform=axes.transAxes, ha='center', va='center', fontsize=8)
 
-# %% ../nbs/09_visual.ipynb #25f750cd
+# %% ../nbs/09_visual.ipynb #9662bfe3
 def plot_misclassified(images: ImageSet,        # the set that was tested
                        evaluation: Evaluation,  # of the whole set
                        heatmaps: Heatmaps,      # of the first images of `evaluation.misclassified`, as many as wanted
@@ -255,9 +264,10 @@ def plot_misclassified(images: ImageSet,        # the set that was tested
     labels = [_verdict(images.classes, evaluation, index) for index in wrong[:n].tolist()]
     if heatmaps.target is not None:
         labels = [f'{label}\nmaps: {images.classes[k]}' for label, k in zip(labels, heatmaps.target.tolist())]
-    return plot_heatmaps(images.images[wrong[:n]], heatmaps, labels, f'The {n} most confident of {len(wrong):,} mistakes', alpha, cmap)
+    title = f'The {n} most confident of {len(wrong):,} mistakes'
+    return plot_heatmaps(images.images[wrong[:n]], heatmaps, labels, title, alpha, cmap)
 
-# %% ../nbs/09_visual.ipynb #dd13136d
+# %% ../nbs/09_visual.ipynb #97521fa1
 def _verdict(classes, evaluation, index):
     "What the image is, what it was taken for, and with which probability."
     label, predicted = evaluation.labels[index], evaluation.predictions[index]
@@ -266,4 +276,6 @@ def _verdict(classes, evaluation, index):
 def _same_images(explained, evaluated):
     "Raise unless both logits are of the same images. They may have been computed at different precisions."
     same = explained.shape == evaluated.shape and (explained.softmax(1) - evaluated.softmax(1)).abs().max() < 0.1
-    if not same: raise ValueError(f'the heatmaps are not of the first {len(explained)} mistakes; explain images[evaluation.misclassified[:n]], in this order')
+    if not same:
+        raise ValueError(f'the heatmaps are not of the first {len(explained)} mistakes; '
+                         'explain the images at evaluation.misclassified[:n], in this order')
