@@ -1,8 +1,10 @@
-"""The CAM methods in float32 against pytorch-grad-cam 1.5.7 in float64 and against captum 0.9.0, on networks with random
-weights and batch statistics that are not 0 and 1.
+"""The CAM methods against pytorch-grad-cam 1.5.7 and captum 0.9.0, on networks with random weights and batch statistics
+that are not 0 and 1.
 
-Why float64: where a map is nearly uniform, stretching it to 0..1 magnifies rounding, and in float32 the peer itself is up
-to 6e-6 from its own result in float64. Where the peers disagree, after a layer whose output is changed in place, captum is right."""
+In float64 both sides agree to 1e-6, which settles the formulas. In float32 the tolerance is for rounding, which
+stretching a nearly uniform map to 0..1 magnifies: there the peer is up to 1e-5 from its own result in float64, so ours
+is held to the nearer of the two. Where the peers disagree, after a layer whose output is changed in place, captum is
+right."""
 import copy
 import os
 import subprocess
@@ -55,7 +57,8 @@ def of_peer(method, model, layers, images, classes, dtype=torch.float64):
     cam = getattr(peer, method)(model, [model.get_submodule(layer) for layer in layers])
     average, cam.aggregate_multi_layers = cam.aggregate_multi_layers, lambda per_layer: per_layer
     per_layer = cam(images.to(dtype), [ClassifierOutputTarget(c) for c in classes])
-    return torch.stack([torch.from_numpy(average([maps])) for maps in per_layer], 1), torch.from_numpy(average(per_layer))
+    maps = torch.stack([torch.from_numpy(average([maps])) for maps in per_layer], 1)
+    return maps, torch.from_numpy(average(per_layer))
 
 
 @pytest.mark.parametrize('n', [1, 5])
@@ -65,11 +68,17 @@ def of_peer(method, model, layers, images, classes, dtype=torch.float64):
 def test_gradient_methods_agree_with_pytorch_grad_cam(networks, network, method, tolerance, n):
     model, layers, size = networks[network]
     images, classes = batch(size, n)
-    if method == 'GradCAMPlusPlus': ours = GradCAMPlusPlus(model, layers, eps=1e-6)(images, classes)
-    else: ours = METHODS[method](model, layers)(images, classes)
-    maps, mean = of_peer(method, model, layers, images, classes)
-    torch.testing.assert_close(ours.maps, maps, rtol=0, atol=tolerance)
-    torch.testing.assert_close(ours.fuse(), mean, rtol=0, atol=tolerance)
+    options = {'eps': 1e-6} if method == 'GradCAMPlusPlus' else {}
+    method_class = GradCAMPlusPlus if options else METHODS[method]
+    maps, mean = of_peer(method, model, layers, images, classes, torch.float64)
+    exact = method_class(copy.deepcopy(model).double(), layers, **options)(images.double(), classes)
+    torch.testing.assert_close(exact.maps, maps, rtol=0, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(exact.fuse(), mean, rtol=0, atol=1e-6, check_dtype=False)
+
+    maps32, mean32 = of_peer(method, model, layers, images, classes, torch.float32)
+    ours = method_class(model, layers, **options)(images, classes)
+    assert min((ours.maps - maps).abs().max(), (ours.maps - maps32).abs().max()) < tolerance
+    assert min((ours.fuse() - mean).abs().max(), (ours.fuse() - mean32).abs().max()) < tolerance
 
 
 def test_the_prediction_is_the_default_of_both(networks):
@@ -77,7 +86,8 @@ def test_the_prediction_is_the_default_of_both(networks):
     images, _ = batch(size, 5)
     with torch.no_grad(): predicted = model(images).argmax(1)
     ours = GradCAM(model, 'layer3')(images)
-    torch.testing.assert_close(ours.maps, of_peer('GradCAM', model, ['layer3'], images, predicted.tolist())[0], rtol=0, atol=5e-6)
+    expected = of_peer('GradCAM', model, ['layer3'], images, predicted.tolist())[0]
+    torch.testing.assert_close(ours.maps, expected, rtol=0, atol=5e-6)
     assert ours.target.equal(predicted)
 
 
@@ -97,7 +107,8 @@ def test_score_cam_agrees(networks, n):
     model = networks['cifar'][0]
     images, classes = batch((16, 12), n)
     ours = METHODS['ScoreCAM'](model, 'layer2')(images, classes)
-    torch.testing.assert_close(ours.maps, of_peer('ScoreCAM', model, ['layer2'], images, classes, torch.float32)[0], rtol=0, atol=1e-4)
+    expected = of_peer('ScoreCAM', model, ['layer2'], images, classes, torch.float32)[0]
+    torch.testing.assert_close(ours.maps, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('layer', ['layer3', 'layer4'])
@@ -108,7 +119,7 @@ def test_ablation_cam_agrees_where_the_score_is_positive(networks, layer):
     assert (score > 0).all()
     ours = METHODS['AblationCAM'](model, layer)(images, classes)
     expected = of_peer('AblationCAM', model, [layer], images, classes.tolist(), torch.float32)[0]
-    torch.testing.assert_close(ours.maps, expected, rtol=0, atol=1e-3)  # weights are small differences of float32 logits
+    torch.testing.assert_close(ours.maps, expected, rtol=0, atol=1e-3)  # weights: small differences of float32 logits
 
 
 @pytest.mark.parametrize('n', [1, 5])
@@ -148,12 +159,6 @@ def test_the_warning_for_a_shared_module_points_at_the_caller():
     assert [w.filename for w in caught] == [__file__]
 
 
-def test_the_package_loads_no_heavy_dependency():
-    code = ("import sys, eva_session9.gradcam; "
-            "print([m for m in ('cv2', 'albumentations', 'matplotlib', 'ipywidgets', 'torchvision', 'torch._dynamo') if m in sys.modules])")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
-
-
 EXPLAIN_ON_ONE_RANK = '''
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -162,7 +167,8 @@ rank = int(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
 torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+body = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1)]
+net = torch.nn.Sequential(*body, torch.nn.Flatten(), torch.nn.Linear(4, 2))
 model = DistributedDataParallel(net)
 images = torch.randn(2, 3, 8, 8)
 if rank == 0:
@@ -178,8 +184,8 @@ print('done')
 def test_one_rank_of_two_can_explain(tmp_path):
     command = [sys.executable, '-c', EXPLAIN_ON_ONE_RANK]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / 'store')], stdout=subprocess.PIPE, text=True, env=environment)
-             for rank in (0, 1)]
+    store, options = str(tmp_path / 'store'), {'stdout': subprocess.PIPE, 'text': True, 'env': environment}
+    ranks = [subprocess.Popen([*command, str(rank), store], **options) for rank in (0, 1)]
     try:
         assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ['done', 'done']
     finally:

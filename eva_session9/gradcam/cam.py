@@ -35,7 +35,7 @@ def _enlarge(raw, status, size):
     flat = F.interpolate(flat, size=size, mode='bilinear', align_corners=False)
     return flat.reshape(*raw.shape[:-2], *size)
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #d528c20f
+# %% ../../nbs/08a_gradcam.cam.ipynb #2b6615cc
 class Status(IntEnum):
     "What a raw map holds. Only an `OK` map is shown; the others are zero in `Heatmaps.maps`."
     OK = 0
@@ -47,13 +47,13 @@ class Status(IntEnum):
 
     @staticmethod
     def of(raw: Tensor) -> Tensor: # raw maps (..., h, w)
-        "The status of each map, int64 (...). Below 1e-12 nothing counts as evidence; a spread of 1e-6 of the maximum is uniform."
+        "The status of each map, int64 (...). Nothing below 1e-12 is evidence; within 1e-6 of its maximum a map is uniform."
         low, high = raw.clamp(min=0).amin((-2, -1)), raw.amax((-2, -1))
         status = torch.where(high - low <= 1e-6 * high, Status.UNIFORM, Status.OK)
         status = torch.where(high <= 1e-12, Status.NO_POSITIVE_EVIDENCE, status)
         return torch.where(raw.isfinite().all(-1).all(-1), status, Status.NON_FINITE)
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #e4fed18c
+# %% ../../nbs/08a_gradcam.cam.ipynb #c39ddc40
 @dataclass(frozen=True, eq=False, repr=False)
 class Heatmaps:
     "The maps of one call: N images, L layers and, for `target='all'`, a class axis K after N in every tensor."
@@ -77,7 +77,8 @@ class Heatmaps:
 
     @cached_property
     def _enlarged(self):
-        return torch.stack([_enlarge(raw, self.status[..., i], self.size) for i, raw in enumerate(self.raw.values())], -3)
+        pairs = zip(self.raw.values(), self.status.unbind(-1))
+        return torch.stack([_enlarge(raw, status, self.size) for raw, status in pairs], -3)
 
     @cached_property
     def maps(self) -> Tensor:
@@ -125,7 +126,7 @@ def _name_of(layer, modules):
         if module is layer: return name
     raise ValueError(f'the model holds no such module: {layer}')
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #8c135dfa
+# %% ../../nbs/08a_gradcam.cam.ipynb #8e21a75a
 def target_classes(target,                                # as in `CAM.__call__`
                    logits: Tensor,                        # (N, K)
                    classes: Sequence[str] | None = None   # names of the K classes
@@ -137,15 +138,16 @@ def target_classes(target,                                # as in `CAM.__call__`
     if target is None: return logits.argmax(1)
     if _is_all(target): return torch.arange(k, device=logits.device)
     if isinstance(target, str): target = _class_index(target, classes)
-    if isinstance(target, list | tuple): target = [_class_index(t, classes) if isinstance(t, str) else t for t in target]
+    if isinstance(target, list | tuple):
+        target = [_class_index(t, classes) if isinstance(t, str) else t for t in target]
     return _checked(torch.as_tensor(target, device=logits.device), n, k)
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #a286d601
+# %% ../../nbs/08a_gradcam.cam.ipynb #b52fb35b
 def _is_all(target): return isinstance(target, str) and target == 'all'
 
 def _class_index(name, classes):
     "The index of a class name."
-    if classes is None: raise ValueError(f'class {name!r} by name: the model has no card with classes, so pass classes=[...]')
+    if classes is None: raise ValueError(f'class {name!r}: the model has no card with class names, so pass classes=[...]')
     if name in classes: return list(classes).index(name)
     close = get_close_matches(name, classes, n=3) or classes
     raise ValueError(f"no class {name!r}; close to it: {', '.join(close)}")
@@ -155,8 +157,10 @@ def _checked(index, n, k):
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f'target: found {index.dtype}, expected integer class indices')
     if index.ndim == 0: index = index.expand(n)
-    if index.shape != (n,): raise ValueError(f'target: found shape {tuple(index.shape)} for {n} images, expected one class or ({n},)')
-    if ((index < 0) | (index >= k)).any(): raise ValueError(f'target: found class {index.tolist()}, expected 0 to {k - 1}')
+    if index.shape != (n,):
+        raise ValueError(f'target: found shape {tuple(index.shape)} for {n} images, expected one class or ({n},)')
+    if ((index < 0) | (index >= k)).any():
+        raise ValueError(f'target: found class {index.tolist()}, expected 0 to {k - 1}')
     return index.long()
 
 def _scores(target, index, logits):
@@ -165,17 +169,17 @@ def _scores(target, index, logits):
         scores = target(logits)
         if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f'target: the function gave {found} for logits {tuple(logits.shape)}, expected ({len(logits)},)')
+            raise ValueError(f'target: the function gave {found} for {len(logits)} images, expected ({len(logits)},)')
         return scores[:, None]
     return logits if _is_all(target) else logits.gather(1, index[:, None])
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #769be0d5
+# %% ../../nbs/08a_gradcam.cam.ipynb #d0e7f754
 def _keep(name, kept, runs, graph):
-    "A forward hook that puts the layer's output into `kept`; with `graph`, recording starts at the first one that runs."
+    "A forward hook that puts a layer's output into `kept`; with `graph`, the first one to run starts the recording."
     def hook(module, inputs, output):
         if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f'layer {name!r} gives {found}, expected a float (N, C, h, w): choose a convolutional layer')
+            raise ValueError(f'layer {name!r} gives {found}, expected float (N, C, h, w): choose a convolutional layer')
         if graph and not runs: torch.set_grad_enabled(True)
         runs[name] += 1
         kept[name] = output.clone()
@@ -184,7 +188,7 @@ def _keep(name, kept, runs, graph):
         return kept[name].clone()
     return hook
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #51e1c89b
+# %% ../../nbs/08a_gradcam.cam.ipynb #f3ad6a4d
 @contextmanager
 def _hooked(hooks):
     "Forward hooks, given as (module, hook) pairs, for the time of the `with`."
@@ -201,7 +205,7 @@ def _evaluating(model):
         for module, training in flags: module.training = training
 
 def _eager():
-    "Compiled parts run uncompiled, so that hooks fire. Without dynamo loaded nothing is compiled, and loading it takes seconds."
+    "Compiled parts run uncompiled, so that hooks fire. Nothing is compiled unless dynamo is loaded, which takes seconds."
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #b7c0a171
@@ -223,23 +227,24 @@ class ForwardPass:
 def _at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #f96e6fac
+# %% ../../nbs/08a_gradcam.cam.ipynb #6751b5ef
 def _backward(seen, t):
     "Layer -> the gradient of every image's score `t` with respect to the layer, (N, C, h, w), by one backward pass."
-    found = [None] * len(seen.nodes)
+    nodes, found = list(seen.nodes.values()), [None] * len(seen.nodes)
     if seen.scores.requires_grad:
         column, more = torch.zeros_like(seen.scores), t + 1 < seen.scores.shape[1]
         column[:, t] = 1
-        found = torch.autograd.grad(seen.scores, list(seen.nodes.values()), column, retain_graph=more, allow_unused=True)
+        found = torch.autograd.grad(seen.scores, nodes, column, retain_graph=more, allow_unused=True)
     for name, gradient in zip(seen.nodes, found):
-        if gradient is None: raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations')
+        if gradient is not None: continue
+        raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations')
     return {name: _at_least_float32(gradient) for name, gradient in zip(seen.nodes, found)}
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #64aaf747
+# %% ../../nbs/08a_gradcam.cam.ipynb #8732293e
 def linear_weight(seen: ForwardPass, # a pass
                   name: str          # one of its layers
                   ) -> Tensor | None:
-    "The final linear layer's weight, (K, C), if that layer reads the spatial means of this one and gives the logits; else None."
+    "The final linear layer's weight, (K, C), if it reads the spatial means of this layer and gives the logits; else None."
     if seen.linear is None: return None
     weight, features, output = seen.linear
     means = seen.nodes[name].detach().mean((2, 3))
@@ -249,38 +254,42 @@ def linear_weight(seen: ForwardPass, # a pass
     same = ((features - means)[known].abs() <= rounding).all() and torch.equal(output[known], seen.logits[known])
     return _at_least_float32(weight.detach()) if same else None
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #7f47423a
+# %% ../../nbs/08a_gradcam.cam.ipynb #cc0fd793
 def gradients(seen: ForwardPass) -> Iterator[dict[str, Tensor]]: # a pass with a graph
     "For each of the T scores: layer -> gradient of every image's score with respect to the layer, (N, C, h, w)."
     weights = {name: linear_weight(seen, name) for name in seen.nodes} if seen.all_classes else {}
     known = seen.all_classes and all(weight is not None for weight in weights.values())
     for t in range(seen.scores.shape[1]):
-        yield {name: _spread(weights[name][t], a) for name, a in seen.activations.items()} if known else _backward(seen, t)
+        if known: yield {name: _spread(weights[name][t], a) for name, a in seen.activations.items()}
+        else: yield _backward(seen, t)
 
 def _spread(weight, activation):
     "The gradient of a linear layer on spatial means: `weight` (C,) shared equally by all cells of (N, C, h, w)."
     return (weight / activation[0, 0].numel())[:, None, None].expand_as(activation)
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #583557ab
+# %% ../../nbs/08a_gradcam.cam.ipynb #66479f54
 @torch.no_grad
 def _run(model, layers, images, graph):
     "Logits; layer -> output; and the weight, input and output of the last linear layer."
     kept, runs, linear = {}, Counter(), {}
-    def keep_linear(module, inputs, output): linear['last'] = (module.weight, inputs[0].detach(), output.detach())
+    def keep_linear(module, inputs, output):
+        linear['last'] = (module.weight, inputs[0].detach(), output.detach().clone())
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     with _hooked(hooks + [(module, keep_linear) for module in last]): logits = model(images)
     for name in layers:
-        if not runs[name]: raise ValueError(f'layer {name!r} did not run in this forward pass, so there is nothing to explain')
-        if runs[name] > 1: warnings.warn(f'layer {name!r} ran {runs[name]} times in one pass; the map explains its last run', stacklevel=4)
+        if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain')
+        if runs[name] == 1: continue
+        warnings.warn(f'layer {name!r} ran {runs[name]} times in one pass; the map explains its last run', stacklevel=4)
     return _checked_logits(logits), {name: kept[name] for name in layers}, linear.get('last')
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #9809b199
+# %% ../../nbs/08a_gradcam.cam.ipynb #a3be11a1
 def _checked_images(images):
     "Images that a network can be run on outside inference mode."
-    if not isinstance(images, Tensor): raise TypeError(f'images: found {type(images).__name__}, expected a float tensor (N, 3, H, W)')
+    expected = 'expected a float tensor (N, 3, H, W), normalised as in training'
+    if not isinstance(images, Tensor): raise TypeError(f'images: found {type(images).__name__}, {expected}')
     if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f'images: found {images.dtype} {tuple(images.shape)}, expected float (N, 3, H, W), normalised as in training')
+        raise ValueError(f'images: found {images.dtype} {tuple(images.shape)}, {expected}')
     return images.clone() if images.is_inference() else images
 
 def _checked_logits(logits):
@@ -289,15 +298,15 @@ def _checked_logits(logits):
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     raise ValueError(f'the model gives {found}, expected logits (N, K)')
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #67731c57
+# %% ../../nbs/08a_gradcam.cam.ipynb #d68221cb
 class CAM:
     "Base of the CAM methods: a method overrides `heatmap`, or `raw_maps` if it needs no gradient."
     graph = True  # whether the method needs gradients
 
     def __init__(self,
-                 model: nn.Module,                                     # an image classifier; wrapped and compiled ones are unwrapped
-                 layers: str | nn.Module | Sequence[str | nn.Module],  # layers with outputs (N, C, h, w), by name or as modules
-                 classes: Sequence[str] | None = None):                # names of the K classes; `model.card['classes']` unless given
+                 model: nn.Module,                                     # an image classifier, wrapped, compiled or bare
+                 layers: str | nn.Module | Sequence[str | nn.Module],  # with outputs (N, C, h, w), by name or module
+                 classes: Sequence[str] | None = None):                # class names; None: those of `model.card`
         self.model = unwrap(model)
         self.layers = find_layers(self.model, layers)
         self.classes = getattr(self.model, 'card', {}).get('classes') if classes is None else classes
@@ -314,15 +323,19 @@ class CAM:
         maps = {name: [] for name in seen.nodes}
         with torch.autocast(seen.images.device.type, enabled=False):
             for per_layer in gradients(seen):
-                for name, gradient in per_layer.items(): maps[name].append(self.heatmap(seen.activations[name], gradient))
+                for name, gradient in per_layer.items():
+                    maps[name].append(self.heatmap(seen.activations[name], gradient))
         return {name: torch.stack(per_score, 1) for name, per_score in maps.items()}
 
     def __call__(self,
                  images: Tensor, # float (N, 3, H, W), normalised as in training
-                 target: int | str | Tensor | Sequence | Callable | None = None # see below
+                 target: int | str | Tensor | Sequence | Callable | None = None # the score of each image to explain
                  ) -> Heatmaps:
-        """Heatmaps for the score `target`: None for the predicted class, a class for all images (index or name), N classes,
-        'all' for every class, or a function from logits (N, K) to scores (N,)."""
+        """The heatmaps of each image, for one score or for every class.
+
+        `target` is None for the predicted class, a class (index or name) for all images, N classes, 'all' for every class, or
+        a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, a layer that does not run
+        and a score that does not depend on it raise `ValueError`."""
         with torch.inference_mode(False), torch.no_grad(), _evaluating(self.model), _eager():
             images = _checked_images(images)
             logits, nodes, linear = _run(self.model, self.layers, images, self.graph)
@@ -338,9 +351,9 @@ class GradCAM(CAM):
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:
         return torch.einsum('nc,nchw->nhw', gradient.mean((2, 3)), activation)
 
-# %% ../../nbs/08a_gradcam.cam.ipynb #9ab36a4a
+# %% ../../nbs/08a_gradcam.cam.ipynb #ddac371b
 class GradCAMPlusPlus(CAM):
-    "Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063, equations 7 and 19); layers are assumed to follow a ReLU, as there."
+    "Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063, equations 7 and 19), for layers that a ReLU ends."
     def __init__(self,
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
@@ -350,11 +363,11 @@ class GradCAMPlusPlus(CAM):
         self.eps = eps
 
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:
-        weights = _plus_plus(activation.sum((2, 3), keepdim=True), gradient.clamp(min=0), self.eps)
-        return torch.einsum('nc,nchw->nhw', weights, activation)
+        return torch.einsum('nc,nchw->nhw', _plus_plus(activation, gradient, self.eps), activation)
 
-def _plus_plus(total, positive, eps):
-    "Channel weights (N, C) from the sums of the activations, (N, C, 1, 1), and the positive gradients, (N, C, h, w)."
+def _plus_plus(activation, gradient, eps):
+    "The channels' weights, (N, C)."
+    total, positive = activation.sum((2, 3), keepdim=True), gradient.clamp(min=0)
     if eps is None: alpha = 1 / (2 + total.clamp(min=0) * positive)
     else: alpha = positive ** 2 / (2 * positive ** 2 + total * positive ** 3 + eps)
     return (alpha * positive).sum((2, 3))

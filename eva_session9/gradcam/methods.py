@@ -32,9 +32,9 @@ class LayerCAM(CAM):
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:
         return (gradient.clamp(min=0) * activation).sum(1)
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #81a128f9
+# %% ../../nbs/08b_gradcam.methods.ipynb #54e2d059
 class XGradCAM(CAM):
-    "XGradCAM (Fu et al. 2020, arXiv:2008.02312): channels weighted by `sum_ij g_kij A_kij / sum_ij A_kij`. Meant for layers after a ReLU."
+    "XGradCAM (Fu et al. 2020, arXiv:2008.02312): channels weighted by `sum_ij g A / sum_ij A`, for layers that a ReLU ends."
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:
         total = activation.sum((2, 3))
         weights = (gradient * activation).sum((2, 3)) / torch.where(total == 0, 1, total)
@@ -64,36 +64,41 @@ def weighted_sum(weights: Tensor,     # of the channels, (N, T, C)
     with torch.autocast(activation.device.type, enabled=False):
         return torch.einsum('ntc,nchw->nthw', weights.to(activation.dtype), activation)
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #86dac807
+# %% ../../nbs/08b_gradcam.methods.ipynb #0e3be722
 class ClassActivationMap(GradientFreeCAM):
-    "CAM (Zhou et al. 2016, arXiv:1512.04150, equation 2): the classifier's own weights. Only for the layer that a mean and the final linear layer follow."
+    """CAM (Zhou et al. 2016, arXiv:1512.04150, equation 2): channels weighted by the classifier's own weights.
+
+    Defined for the layer that a spatial mean and the final linear layer follow; elsewhere it raises `ValueError`."""
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         weight = linear_weight(seen, name)
-        if weight is None: raise ValueError(f'CAM: {name!r} is not followed by a spatial mean and the final linear layer alone; use GradCAM there')
+        if weight is None:
+            raise ValueError(f'CAM: {name!r} is not followed by a spatial mean and the final linear layer; use GradCAM')
         if seen.target is None: raise ValueError('CAM explains a class; for a function of the logits use GradCAM')
         weights = weight[None].expand(len(seen.images), -1, -1) if seen.all_classes else weight[seen.target][:, None]
         return weighted_sum(weights, seen.activations[name])
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #e557cace
+# %% ../../nbs/08b_gradcam.methods.ipynb #89c74fb3
 def first_component(activation: Tensor) -> Tensor: # (N, C, h, w)
-    "Projection (N, h, w) of each image's cells on their first principal component, signed to go with the mean activation."
-    x = activation.flatten(2).mT                                       # cells x channels
-    mean = x.mean(2)
-    x = x - x.mean(1, keepdim=True)
+    "Each image's cells projected on their first principal component, (N, h, w), signed to go with the mean activation."
+    x = activation.flatten(2)                                            # X transposed: channels x cells
+    mean, x = x.mean(1), x - x.mean(2, keepdim=True)
     if x.shape[1] <= x.shape[2]:
-        values, vectors = torch.linalg.eigh(x @ x.mT)                  # ascending
-        projection = values[:, -1:].clamp(min=0).sqrt() * vectors[:, :, -1]
-    else: projection = (x @ torch.linalg.eigh(x.mT @ x).eigenvectors[:, :, -1:])[..., 0]
+        v = torch.linalg.eigh(x @ x.mT).eigenvectors[:, :, -1:]          # eigenvalues ascend
+        projection = (v.mT @ x)[:, 0]
+    else:
+        values, u = torch.linalg.eigh(x.mT @ x)
+        projection = values[:, -1:].clamp(min=0).sqrt() * u[:, :, -1]
     with_mean = (projection * mean).sum(1, keepdim=True) >= 0
     return torch.where(with_mean, projection, -projection).unflatten(1, activation.shape[2:])
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #c04fb902
+# %% ../../nbs/08b_gradcam.methods.ipynb #97ceac70
 class EigenCAM(GradientFreeCAM):
     "EigenCAM (Muhammad and Yeasin 2020, arXiv:2008.00299): `X v_1`, channels centred. The same for every class."
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         activation = seen.activations[name]
         finite = activation.isfinite().all(-1).all(-1).all(-1)[:, None, None]
-        with torch.autocast(activation.device.type, enabled=False): projection = first_component(activation.nan_to_num(0, 0, 0))
+        with torch.autocast(activation.device.type, enabled=False):
+            projection = first_component(activation.nan_to_num(0, 0, 0))
         return torch.where(finite, projection, torch.nan)[:, None].expand(-1, seen.scores.shape[1], -1, -1)
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #8734bfe5
@@ -111,7 +116,7 @@ def masked_logits(model: nn.Module,
         logits[n, k] = model(images[n] * ((masks - low) / (high - low + 1e-8)).to(images.dtype)).float()
     return logits
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #27cc3d67
+# %% ../../nbs/08b_gradcam.methods.ipynb #d42205fe
 class ScoreCAM(GradientFreeCAM):
     "ScoreCAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by `softmax_k S(x * stretch(enlarge(A_k)))`."
     def __init__(self,
@@ -127,12 +132,12 @@ class ScoreCAM(GradientFreeCAM):
         return weighted_sum(_channel_scores(seen, logits).softmax(-1), seen.activations[name])
 
 def _channel_scores(seen, logits):
-    "Logits (N, C, K) to the scores explained, (N, T, C), channel by channel: a function for a target may depend on the image."
+    "Logits (N, C, K) to the scores explained, (N, T, C), channel by channel: a target function expects N images."
     return torch.stack([seen.score(per_channel) for per_channel in logits.unbind(1)], -1)
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #6e7c509f
+# %% ../../nbs/08b_gradcam.methods.ipynb #f5eb1982
 def _finished_before(model, layer, images):
-    "Modules that finished before the last run of `layer`, and `layer`, each with its output; a module stands for all inside it."
+    "Modules that finished before the last run of `layer`, then `layer`, with outputs; a module stands for all inside it."
     done, opened, before = [], [], []
     def enter(module, inputs, options):
         opened.append((len(done), [(x, x._version) for x in (*inputs, *options.values()) if isinstance(x, Tensor)]))
@@ -150,9 +155,10 @@ def _finished_before(model, layer, images):
     return before
 
 def _repeatable(output, versions):
-    "Can handing out the output replace the run? Not if it is no tensor, or shares memory with an input, or an input was changed in place."
+    "Can the output stand for the run? Not if it is no tensor, shares memory with an input, or an input was changed in place."
     if not isinstance(output, Tensor): return False
-    return all(x._version == version and x.untyped_storage().data_ptr() != output.untyped_storage().data_ptr() for x, version in versions)
+    memory = output.untyped_storage().data_ptr()
+    return all(x._version == version and x.untyped_storage().data_ptr() != memory for x, version in versions)
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #d969f940
 @contextmanager
@@ -171,13 +177,13 @@ def _next_or_run(given, forward, *inputs, **options):
     output = next(given, None)
     return forward(*inputs, **options) if output is None else output
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #eb4554cd
+# %% ../../nbs/08b_gradcam.methods.ipynb #a402c4b4
 def tail_logits(model: nn.Module,
                 before: list,       # from `_finished_before`
                 images: Tensor,     # the N images it was made with
                 activation: Tensor  # what the layer is to give for them, R times over: (R * N, C, h, w)
                 ) -> Tensor:
-    "Logits (R * N, K) of the network with another activation in the layer; what comes before the layer is not computed."
+    "Logits (R * N, K) of the network with another activation in the layer; what comes before it is not computed."
     copies = len(activation) // len(images)
     given = {}
     for module, output in before[:-1]: given.setdefault(module, []).append(output)
@@ -187,7 +193,7 @@ def tail_logits(model: nn.Module,
     iterators[layer] = iter([*iterators.get(layer, ()), activation.clone()])
     with _handing_out(iterators): return model(images.repeat(copies, 1, 1, 1))
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #677cd3e6
+# %% ../../nbs/08b_gradcam.methods.ipynb #1f2faaf6
 def ablated_logits(model: nn.Module,
                    layer: nn.Module,
                    seen: ForwardPass,  # a pass of that network
@@ -196,21 +202,23 @@ def ablated_logits(model: nn.Module,
                    ) -> Tensor:
     "Logits of every image without each channel of the layer, (N, C, K), in float32."
     node, weight = seen.nodes[name], linear_weight(seen, name)
-    if weight is not None: return seen.logits.float()[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
+    if weight is not None:
+        return seen.logits.float()[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
     before, n = _finished_before(model, layer, seen.images), len(node)
     if ((tail_logits(model, before, seen.images, node) - seen.logits).abs() > 0.01 * seen.logits.abs().max()).any():
-        raise ValueError(f'run again from layer {name!r}, the network gives other logits: is it random, or does it keep state, in eval mode?')
+        raise ValueError(f'run again from {name!r}, the network gives other logits: is it random or stateful in eval mode?')
     logits = seen.logits.float()[:, None].repeat(1, node.shape[1], 1)
     live = (node != 0).any(0).flatten(1).any(1).nonzero()[:, 0]
     for channels in live.split(max(1, batch_size // n)):
         without = node.repeat(len(channels), 1, 1, 1)
         without.unflatten(0, (-1, n))[range(len(channels)), :, channels] = 0
-        logits[:, channels] = tail_logits(model, before, seen.images, without).float().unflatten(0, (-1, n)).transpose(0, 1)
+        ablated = tail_logits(model, before, seen.images, without).float()
+        logits[:, channels] = ablated.unflatten(0, (-1, n)).transpose(0, 1)
     return logits
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #643674a2
+# %% ../../nbs/08b_gradcam.methods.ipynb #e87c5f59
 class AblationCAM(GradientFreeCAM):
-    "AblationCAM (Desai and Ramaswamy, WACV 2020): channels weighted by `(y - y_k) / |y|`, where `y_k` is the score without channel k."
+    "AblationCAM (Desai and Ramaswamy, WACV 2020): channels weighted by `(y - y_k) / |y|`, `y_k` the score without channel k."
     def __init__(self,
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
@@ -241,7 +249,8 @@ class RandomCAM(GradientFreeCAM):
         weights = 2 * torch.rand(len(activation), 1, activation.shape[1], generator=generator) - 1
         return weighted_sum(weights.to(activation.device), activation).expand(-1, seen.scores.shape[1], -1, -1)
 
-# %% ../../nbs/08b_gradcam.methods.ipynb #170a849f
+# %% ../../nbs/08b_gradcam.methods.ipynb #e4d3e97b
 METHODS = {
-    'CAM': ClassActivationMap, 'GradCAM': GradCAM, 'GradCAM++': GradCAMPlusPlus, 'HiResCAM': HiResCAM, 'LayerCAM': LayerCAM,
-    'XGradCAM': XGradCAM, 'EigenCAM': EigenCAM, 'ScoreCAM': ScoreCAM, 'AblationCAM': AblationCAM, 'RandomCAM': RandomCAM}
+    'CAM': ClassActivationMap, 'GradCAM': GradCAM, 'GradCAM++': GradCAMPlusPlus, 'HiResCAM': HiResCAM,
+    'LayerCAM': LayerCAM, 'XGradCAM': XGradCAM, 'EigenCAM': EigenCAM, 'ScoreCAM': ScoreCAM,
+    'AblationCAM': AblationCAM, 'RandomCAM': RandomCAM}
