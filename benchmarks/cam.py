@@ -2,8 +2,8 @@
 
 All take turns in one process on copies of one network, whose weights are random, in float32. Each is asked for the
 predicted class, and stops at what it gives: ours and pytorch-grad-cam's maps are enlarged to the image, captum's and
-torchcam's are not. Times are medians; a ratio is the median over rounds of a library's time by ours. A library that is not
-installed is left out.
+torchcam's are not. Times are medians; a ratio is the median over rounds of a library's time by ours. A library that is
+not installed is left out.
 """
 import argparse
 import copy
@@ -214,13 +214,14 @@ def main():
     parser.add_argument('--batch', type=int, nargs='+', default=[16, 64], help='batch sizes (default: 16 64)')
     parser.add_argument('--rounds', type=int, default=7, help='rounds of each comparison (default: 7)')
     parser.add_argument('--threads', type=int, help="threads of torch (default: torch's own choice)")
-    parser.add_argument('--clock', choices=CLOCKS, default='wall', help='cpu: the CPU time of the process, for a busy machine')
+    parser.add_argument('--clock', choices=CLOCKS, default='wall', help='cpu: CPU time, for a busy machine')
     parser.add_argument('--out', type=Path, help='also write the rows to this JSON file')
     args = parser.parse_args()
     if args.threads: torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model, machine = network(), hardware(pick_device('cpu'))
-    print(f'{machine}; torch {torch.__version__}; {args.clock} clock, {args.rounds} rounds; load {os.getloadavg()[0]:.1f}')
+    print(f'{machine}; load {os.getloadavg()[0]:.1f}; torch {torch.__version__}')
+    print(f'{args.rounds} rounds, {args.clock} clock')
     sections = {}
     for batch_size in args.batch:
         sections[f'speed at batch {batch_size}'] = speed(model, batch_size, args.rounds, args.clock)

@@ -72,7 +72,7 @@ def _draw(figures, out):
         figure.savefig(out / f'{name}.png')
         print(out / f'{name}.png')
 
-# %% ../nbs/11_cli.ipynb #c028c3d2
+# %% ../nbs/11_cli.ipynb #7a240410
 @call_parse
 def eva9_train(
     data: str = 'shapes',     # 'cifar10', 'shapes', or a folder of images
@@ -94,17 +94,17 @@ def eva9_train(
         model = make_model(recipe.architecture, len(sets[0].classes))
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
         evaluation = test(model, test_batches, history.precision)
-        history.command = _command(data, config, epochs, limit)
+        history.command = _command('eva9_train', data, config, epochs=epochs, limit=limit)
         history.weights_sha256 = _save_trained(model, sets[0], history, evaluation, out)['sha256']
         history.save(out / 'history.json')
         _draw(_training_figures(model, sets, train_batches, history, evaluation), out)
         print(f'test accuracy {evaluation.accuracy:.2%} after {len(history.epochs)} epochs; everything is in {out}/')
 
-# %% ../nbs/11_cli.ipynb #49762d9f
-def _command(data, config, epochs, limit):
+# %% ../nbs/11_cli.ipynb #d5f37fa6
+def _command(name, data, config, **given):
     "The command line that repeats a run."
-    given = {'--data': data, '--config': config, '--epochs': epochs, '--limit': limit}
-    return ' '.join(['eva9_train', *(f'{flag} {value}' for flag, value in given.items() if value is not None)])
+    given = {'data': data, 'config': config, **given}
+    return ' '.join([name, *(f'--{flag} {value}' for flag, value in given.items() if value is not None)])
 
 def _save_trained(model, images, history, evaluation, out):
     "Write the model with its card, and give the card."
@@ -145,7 +145,7 @@ def _inputs(images, mean, std):
     transform = test_transforms(mean, std)
     return torch.stack([transform(image=image)['image'] for image in images])
 
-# %% ../nbs/11_cli.ipynb #537f224c
+# %% ../nbs/11_cli.ipynb #890eea63
 @call_parse
 def eva9_find_lr(
     data: str = 'shapes',      # 'cifar10', 'shapes', or a folder of images
@@ -167,9 +167,10 @@ def eva9_find_lr(
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
         curve = find_lr(model, _loaders(recipe, *sets)[0], recipe, steps=steps)
-        curve.save(out / 'find_lr.json')
-        (out / 'recipe.json').write_text(json.dumps(asdict(replace(recipe, lr=curve.lr)), indent=1))
+        record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, steps=steps, limit=limit)}
+        (out / 'find_lr.json').write_text(json.dumps(record, indent=1))
         _draw({'find_lr': plot_lr(curve)}, out)
+        (out / 'recipe.json').write_text(json.dumps(asdict(replace(recipe, lr=curve.lr)), indent=1))
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
         print(f'suggested learning rate {curve.lr:.3g}; train with it: eva9_train --data {data} --config {out}/recipe.json')
 

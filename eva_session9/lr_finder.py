@@ -58,9 +58,9 @@ class LRCurve:
         if len(self.lrs) != len(self.losses):
             raise ValueError(f'LRCurve: found {len(self.lrs)} learning rates and {len(self.losses)} losses, expected as many of one as of the other')
 
-# %% ../nbs/07_lr_finder.ipynb #90f2e6ba
+# %% ../nbs/07_lr_finder.ipynb #ca43c01d
 _FEWEST = 10   # points that can show a fall
-_WIDTH = 0.35  # of the smoother, in decades of the learning rate
+_WIDTH = 0.25  # of the smoother, in decades of the learning rate
 _CLEAR = 7     # standard errors that a fall must have
 
 def _fitted(curve):
@@ -81,16 +81,17 @@ def _unreadable(curve):
     if fall > _CLEAR * error: return ''
     return f'the loss falls by {fall:.2g}, which its noise alone could do: raise `steps` or the batch size'
 
-# %% ../nbs/07_lr_finder.ipynb #931822d8
+# %% ../nbs/07_lr_finder.ipynb #9af884ed
 @patch(as_prop=True)
 def suggestions(self: LRCurve) -> dict[str, float]:
     "Learning rates by the name of the rule; empty where the curve shows no clear fall, and `caveats` says why."
     if _unreadable(self): return {}
     smooth, slope, _ = _fitted(self)
-    low = smooth.argmin()
-    middle = (smooth[:low + 1].max() + smooth[low]) / 2
-    return {'steepest': self.lrs[slope[:low + 1].argmin()],
-            'valley': self.lrs[np.flatnonzero(smooth[:low + 1] >= middle).max()],
+    low, first = smooth.argmin(), np.searchsorted(self.lrs, self.lrs[0] * 10**_WIDTH)
+    inner = slice(min(first, low), low + 1)
+    middle = (smooth[inner].max() + smooth[low]) / 2
+    return {'steepest': self.lrs[inner][slope[inner].argmin()],
+            'valley': self.lrs[inner][np.flatnonzero(smooth[inner] >= middle).max()],
             'minimum/10': self.lrs[low] / 10, 'minimum/3': self.lrs[low] / 3}
 
 @patch(as_prop=True)
@@ -208,17 +209,20 @@ def _sweep(curve, model, optimizer, batches, lrs, device):
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
 
-# %% ../nbs/07_lr_finder.ipynb #ab9aacb3
+# %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
             batches: Iterable,                  # of (x, y); anything that can be read again and again, and is, where it is short
             config: Config = Config.session9(), # the recipe: optimizer and precision
             optimizer: torch.optim.Optimizer | None = None, # of the model, to sweep with a copy of; None: the recipe's
-            start: float = 1e-6,                # first learning rate
-            end: float = 10.0,                  # last learning rate
+            start: float = 1e-5,                # first learning rate
+            end: float = 1.0,                   # last learning rate
             steps: int = 100,                   # training steps, each at its own learning rate
             device: str = 'auto'                # as `pick_device` takes it
            ) -> LRCurve:
-    "The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates; leaves no trace."
+    """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Leaves no trace.
+
+    Ends early where the loss diverges or is no number; where the very first one is none, raises `FloatingPointError`.
+    Batches that can be read only once raise `ValueError`. Each of the curve's `caveats` is raised as a warning."""
     _check(batches, start, end, steps)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:

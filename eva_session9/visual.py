@@ -147,7 +147,7 @@ def plot_history(history: History # of at least one epoch
     _plot_measure(accuracy, history.epochs, 'accuracy', 100, '{:.2f}%')
     return picture
 
-# %% ../nbs/09_visual.ipynb #0d94df25
+# %% ../nbs/09_visual.ipynb #7705d5e2
 def plot_lr(curve: LRCurve # of a sweep
            ) -> Picture:
     "The loss at each learning rate, the line fitted through it, and what can be read from it, or why nothing can."
@@ -162,7 +162,7 @@ def plot_lr(curve: LRCurve # of a sweep
     if read: _mark_suggestions(axes, curve)
     first, low = max(curve.losses[:10]), min(curve.losses)
     axes.set_ylim(low - 0.1 * (first - low), first + 0.25 * (first - low) + 1e-3)
-    _legend(axes, 'lower left')
+    _legend(axes)
     return picture
 
 # %% ../nbs/09_visual.ipynb #5c398e06
