@@ -58,45 +58,50 @@ class LRCurve:
         if len(self.lrs) != len(self.losses):
             raise ValueError(f'LRCurve: found {len(self.lrs)} learning rates and {len(self.losses)} losses, expected as many of one as of the other')
 
-# %% ../nbs/07_lr_finder.ipynb #ca43c01d
+# %% ../nbs/07_lr_finder.ipynb #6afcf2bd
 _FEWEST = 10   # points that can show a fall
 _WIDTH = 0.25  # of the smoother, in decades of the learning rate
 _CLEAR = 7     # standard errors that a fall must have
 
 def _fitted(curve):
-    "The smoothed loss, its slope per decade, and the standard error of the smoothed loss."
+    "The smoothed loss, its slope per decade, its standard error, and the indices of the points that have neighbours on both sides."
     x, y = np.log10(curve.lrs), np.minimum(curve.losses, max(curve.losses[:_FEWEST]))
     step = (x[-1] - x[0]) / (len(x) - 1)
     width = max(_WIDTH, step)
     smooth, slope = local_lines(x, y, width)
+    inner = np.flatnonzero((x - x[0] > 0.99 * width) & (x[-1] - x > 0.99 * width))
     noise = np.std((y - smooth)[:max(smooth.argmin() + 1, _FEWEST)])
-    return smooth, slope, noise * math.sqrt(step / (2 * math.sqrt(math.pi) * width))
+    return smooth, slope, noise * math.sqrt(step / (2 * math.sqrt(math.pi) * width)), inner
 
 def _unreadable(curve):
     "Why no learning rate can be read from the curve; empty where one can."
     if len(curve.lrs) < _FEWEST:
         return f'only {len(curve.lrs)} points ({curve.stopped}), expected {_FEWEST} or more: raise `steps`, or lower `start`'
-    smooth, _, error = _fitted(curve)
-    fall = smooth[:smooth.argmin() + 1].max() - smooth.min()
+    if (span := curve.lrs[-1] / curve.lrs[0]) < 10:
+        return f'the learning rate rises by a factor of {span:.2g}, expected 10 or more: lower `start`, or raise `end`'
+    smooth, _, error, inner = _fitted(curve)
+    low = inner[smooth[inner].argmin()]
+    fall = smooth[:low + 1].max() - smooth[low]
     if fall > _CLEAR * error: return ''
     return f'the loss falls by {fall:.2g}, which its noise alone could do: raise `steps` or the batch size'
 
-# %% ../nbs/07_lr_finder.ipynb #9af884ed
+# %% ../nbs/07_lr_finder.ipynb #ee0b6550
 @patch(as_prop=True)
 def suggestions(self: LRCurve) -> dict[str, float]:
     "Learning rates by the name of the rule; empty where the curve shows no clear fall, and `caveats` says why."
     if _unreadable(self): return {}
-    smooth, slope, _ = _fitted(self)
-    low, first = smooth.argmin(), np.searchsorted(self.lrs, self.lrs[0] * 10**_WIDTH)
-    inner = slice(min(first, low), low + 1)
-    middle = (smooth[inner].max() + smooth[low]) / 2
-    return {'steepest': self.lrs[inner][slope[inner].argmin()],
-            'valley': self.lrs[inner][np.flatnonzero(smooth[inner] >= middle).max()],
+    smooth, slope, _, inner = _fitted(self)
+    low = inner[smooth[inner].argmin()]
+    before = inner[inner <= low]
+    middle = (smooth[before].max() + smooth[low]) / 2
+    return {'steepest': self.lrs[before[slope[before].argmin()]],
+            'valley': self.lrs[before[smooth[before] >= middle].max()],
             'minimum/10': self.lrs[low] / 10, 'minimum/3': self.lrs[low] / 3}
 
 @patch(as_prop=True)
 def smooth(self: LRCurve) -> list[float]:
-    "The smoothed loss at each of `lrs`, nats."
+    "The smoothed loss at each of `lrs`, nats. `ValueError` for fewer than ten points."
+    if len(self.lrs) < _FEWEST: raise ValueError(_unreadable(self))
     return _fitted(self)[0].tolist()
 
 # %% ../nbs/07_lr_finder.ipynb #a8cbaa33
@@ -106,15 +111,15 @@ def lr(self: LRCurve) -> float:
     if not self.suggestions: raise ValueError(f'no learning rate can be read from this curve: {_unreadable(self)}')
     return self.suggestions['minimum/3']
 
-# %% ../nbs/07_lr_finder.ipynb #0ffdce3a
+# %% ../nbs/07_lr_finder.ipynb #1f74260d
 @patch(as_prop=True)
 def caveats(self: LRCurve) -> list[str]:
     "Reasons to look at the curve before trusting it; `find_lr` raises each as a warning."
     if reason := _unreadable(self): return [reason]
     found, values = [], self.suggestions.values()
     if len(self.lrs) < 3 * _FEWEST: found.append(f'{len(self.lrs)} points are few: raise `steps`')
-    if self.stopped == 'finished' and np.log10(self.lrs[-1] / self.lrs[np.argmin(self.smooth)]) < _WIDTH:
-        found.append(f'the loss is lowest at the end of the range, {self.lrs[-1]:.2g}: raise `end`')
+    smooth, _, _, inner = _fitted(self)
+    if smooth[inner].argmin() == len(inner) - 1: found.append(f'the loss still falls at the end of the range, {self.lrs[-1]:.2g}: raise `end`')
     if (spread := max(values) / min(values)) > 10:
         listed = ', '.join(f'{name} {lr:.2g}' for name, lr in self.suggestions.items())
         found.append(f'the suggestions differ by a factor of {spread:.0f} ({listed}): try two or three of them')
