@@ -174,7 +174,7 @@ def eva9_find_lr(
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
         print(f'suggested learning rate {curve.lr:.3g}; train with it: eva9_train --data {data} --config {out}/recipe.json')
 
-# %% ../nbs/11_cli.ipynb #13e58455
+# %% ../nbs/11_cli.ipynb #d484942f
 @call_parse
 def eva9_explain(
     *images: str,                            # image files (PNG, JPEG, WebP) or folders of them
@@ -192,25 +192,27 @@ def eva9_explain(
         model, out = load_model(weights) if weights else pretrained(), Path(out)
         if bool(images) == bool(data): raise ValueError('give either image files or --data, such as --data shapes')
         if data: return _explain_mistakes(model, _sets(data, root, limit)[1], method, layers, out)
-        names, pictures, bad = _read_images(images, model.card['size'])
+        files, pictures, bad = _read_images(images, model.card['size'])
         for problem in bad: print(f'eva9_explain: skipped: {problem}', file=sys.stderr)
-        if not names: raise ValueError(f'none of the {len(bad)} files can be read as an image')
-        _explain_images(model, names, pictures, method, layers, out)
+        if not files: raise ValueError(f'none of the {len(bad)} files can be read as an image')
+        _explain_images(model, files, pictures, method, layers, out)
     return int(bool(bad))
 
-# %% ../nbs/11_cli.ipynb #2bec2575
+# %% ../nbs/11_cli.ipynb #86b1e821
 def _read_images(paths, size):
-    "Names and pixels of the images that can be read, and the reasons why others cannot."
+    "The files that can be read as images, their pixels, and the reasons why others cannot."
     import numpy as np
     from eva_session9.data import fit_square, read_image
-    files = [f for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
-    names, pictures, bad = [], [], []
-    for file in files:
+    found = [file for path in map(Path, paths) for file in (_visible_files(path) if path.is_dir() else [path])]
+    files, pictures, bad = [], [], []
+    for file in found:
         try: pictures.append(fit_square(read_image(file), size))
         except (ValueError, OSError) as error: bad.append(str(error))
-        else: names.append(file.name)
-    print(f'{len(names)} images, shorter side resized to {size} pixels and cropped to the centre', file=sys.stderr)
-    return names, np.stack(pictures) if pictures else None, bad
+        else: files.append(file)
+    print(f'{len(files)} images, shorter side resized to {size} pixels and cropped to the centre', file=sys.stderr)
+    return files, np.stack(pictures) if pictures else None, bad
+
+def _visible_files(folder): return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != '.']
 
 # %% ../nbs/11_cli.ipynb #4e698caf
 def _heatmaps(model, pictures, method, layers):
@@ -229,14 +231,21 @@ def _describe(names, heatmaps, classes):
                         for l, layer in enumerate(heatmaps.layers)}}
             for i, name in enumerate(names)]
 
-# %% ../nbs/11_cli.ipynb #265d5d0c
-def _explain_images(model, names, pictures, method, layers, out):
-    "A contact sheet and the numbers of the images."
+# %% ../nbs/11_cli.ipynb #5ca96cdd
+def _explain_images(model, files, pictures, method, layers, out):
+    "Contact sheets and the numbers of the images."
+    from tqdm.auto import tqdm
     from eva_session9.visual import plot_heatmaps
-    heatmaps, classes = _heatmaps(model, pictures, method, layers), model.card['classes']
-    found = _describe(names, heatmaps, classes)
-    labels = [f"{f['image']}\n{f['predicted']} {f['probability']:.0%}" for f in found]
-    _report(plot_heatmaps(pictures, heatmaps, labels, f'{method}: evidence for the predicted class'), found, out)
+    found = []
+    for start in tqdm(range(0, len(files), 20), 'sheets', disable=len(files) <= 20):
+        chosen = slice(start, start + 20)
+        heatmaps = _heatmaps(model, pictures[chosen], method, layers)
+        sheet = _describe([str(file) for file in files[chosen]], heatmaps, model.card['classes'])
+        labels = [f"{Path(entry['image']).name}\n{entry['predicted']} {entry['probability']:.0%}" for entry in sheet]
+        name = 'heatmaps' if not start else f'heatmaps-{start // 20 + 1}'
+        _draw({name: plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class')}, out)
+        found += sheet
+    _write_numbers(found, out)
 
 def _explain_mistakes(model, images, method, layers, out):
     "The eight most confident mistakes on `images`, as a contact sheet and as numbers."
@@ -253,11 +262,11 @@ def _explain_mistakes(model, images, method, layers, out):
     heatmaps = _heatmaps(model, images.images[chosen.numpy()], method, layers)
     found = _describe([f'test image {i}' for i in chosen.tolist()], heatmaps, images.classes)
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]
-    _report(plot_misclassified(images, evaluation, heatmaps), found, out)
+    _draw({'heatmaps': plot_misclassified(images, evaluation, heatmaps)}, out)
+    _write_numbers(found, out)
 
-def _report(figure, found, out):
-    "Write the contact sheet and the numbers."
-    _draw({'heatmaps': figure}, out)
+def _write_numbers(found, out):
+    "Write what was found, and say where."
     (out / 'heatmaps.json').write_text(json.dumps(found, indent=1))
     print(out / 'heatmaps.json')
 

@@ -2,6 +2,12 @@
 from .cam import CAM, GradCAM, GradCAMPlusPlus, Heatmaps, Status
 from .methods import (METHODS, AblationCAM, ClassActivationMap, EigenCAM, GradientFreeCAM, HiResCAM, LayerCAM, RandomCAM,
                       ScoreCAM, XGradCAM)
+from .metrics import (area_under, bootstrap, cascade, centre_gaussian, confidence, confidence_drop, deletion, energy_in,
+                      fill_in, insertion, logit_similarity, matched_iou, oracle, pointing,
+                      randomized, ranks, road, road_score, spearman)
 
-__all__ = ['METHODS', 'AblationCAM', 'CAM', 'ClassActivationMap', 'EigenCAM', 'GradCAM', 'GradCAMPlusPlus', 'GradientFreeCAM',
-           'Heatmaps', 'HiResCAM', 'LayerCAM', 'RandomCAM', 'ScoreCAM', 'Status', 'XGradCAM']
+__all__ = ['AblationCAM', 'CAM', 'ClassActivationMap', 'EigenCAM', 'GradCAM', 'GradCAMPlusPlus', 'GradientFreeCAM',
+           'Heatmaps', 'HiResCAM', 'LayerCAM', 'METHODS', 'RandomCAM', 'ScoreCAM', 'Status', 'XGradCAM',
+           'area_under', 'bootstrap', 'cascade', 'centre_gaussian', 'confidence', 'confidence_drop',
+           'deletion', 'energy_in', 'fill_in', 'insertion', 'logit_similarity', 'matched_iou', 'oracle',
+           'pointing', 'randomized', 'ranks', 'road', 'road_score', 'spearman']

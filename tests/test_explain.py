@@ -1,0 +1,96 @@
+"`eva9_explain` on photographs: those that matplotlib ships, in the formats and modes that people have."
+import json
+
+import matplotlib
+import pytest
+from PIL import Image
+
+from eva_session9.cli import eva9_explain
+from eva_session9.data import read_image
+
+SAMPLES = matplotlib.get_data_path()
+PHOTOGRAPH, DRAWING = f'{SAMPLES}/sample_data/grace_hopper.jpg', f'{SAMPLES}/sample_data/Minduka_Present_Blue_Pack.png'
+
+
+def explained(folder): return json.loads((folder / 'heatmaps.json').read_text())
+
+
+def close(a, b):
+    "The same prediction, the probability within half a percent."
+    return a['predicted'] == b['predicted'] and abs(a['probability'] - b['probability']) < 0.005
+
+
+def test_photograph_by_several_methods(tmp_path):
+    for method, layers in [('GradCAM', 'layer2,layer3,layer4'), ('LayerCAM', 'layer3'), ('EigenCAM', 'layer2,layer4')]:
+        assert not eva9_explain(PHOTOGRAPH, DRAWING, method=method, layers=layers, out=str(tmp_path / method))
+        hopper, present = explained(tmp_path / method)
+        assert hopper['image'] == PHOTOGRAPH and present['image'] == DRAWING
+        assert list(hopper['layers']) == layers.split(',') and 0.1 <= hopper['probability'] <= 1
+        assert {found['status'] for found in hopper['layers'].values()} <= {'ok', 'no positive evidence'}
+        with Image.open(tmp_path / method / 'heatmaps.png') as sheet: assert min(sheet.size) > 200
+
+
+def test_every_mode_says_the_same(tmp_path, capsys):
+    photograph = Image.open(PHOTOGRAPH)
+    folder = tmp_path / 'photographs'
+    folder.mkdir()
+    photograph.save(folder / 'a.png')
+    photograph.save(folder / 'b.webp', lossless=True)
+    photograph.convert('RGBA').save(folder / 'c.png')
+    photograph.convert('CMYK').save(folder / 'd.jpg', quality=100, subsampling=0)
+    turned, exif = photograph.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # what a camera held upright writes: turn by 90 degrees clockwise to see it
+    turned.save(folder / 'e.png', exif=exif)
+    assert not eva9_explain(str(folder), out=str(tmp_path / 'out'))
+    plain, *others = explained(tmp_path / 'out')
+    assert len(others) == 4 and all(close(plain, other) for other in others), [plain, *others]
+    assert 'shorter side resized to 32 pixels and cropped to the centre' in capsys.readouterr().err
+
+
+def test_gray_and_palette_photographs(tmp_path):
+    photograph = Image.open(PHOTOGRAPH)
+    photograph.convert('L').save(tmp_path / 'gray.png')
+    photograph.convert('P').save(tmp_path / 'palette.png')
+    photograph.convert('1').save(tmp_path / 'bits.png')
+    assert not eva9_explain(*map(str, sorted(tmp_path.glob('*.png'))), layers='layer4', out=str(tmp_path / 'out'))
+    assert [entry['image'].split('/')[-1] for entry in explained(tmp_path / 'out')] == ['bits.png', 'gray.png', 'palette.png']
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(tmp_path, capsys):
+    whole = open(PHOTOGRAPH, 'rb').read()
+    (tmp_path / 'cut.jpg').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'text.png').write_text('not an image')
+    (tmp_path / 'vector.svg').write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    (tmp_path / '.hidden').write_text('not looked at')
+    (tmp_path / 'whole.jpg').write_bytes(whole)
+    with Image.new('1', (5000, 5000)) as large: large.save(tmp_path / 'large.png')
+    assert eva9_explain(str(tmp_path), str(tmp_path / 'absent.png'), layers='layer4', out=str(tmp_path / 'out')) == 1
+    said = capsys.readouterr().err
+    for name in ('cut.jpg', 'text.png', 'vector.svg', 'large.png', 'absent.png'):
+        assert f'{name}' in said, name
+    assert '.hidden' not in said and said.count('skipped') == 5
+    assert [entry['image'] for entry in explained(tmp_path / 'out')] == [str(tmp_path / 'whole.jpg')]
+
+
+def test_a_folder_with_many_becomes_several_sheets(tmp_path):
+    with Image.open(PHOTOGRAPH) as photograph:
+        for i in range(21): photograph.crop((5 * i, 5 * i, 5 * i + 400, 5 * i + 400)).resize((40, 40)).save(tmp_path / f'{i:02}.png')
+    assert not eva9_explain(str(tmp_path), layers='layer4', out=str(tmp_path / 'out'))
+    assert len(explained(tmp_path / 'out')) == 21
+    assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-2.png', 'heatmaps.png']
+
+
+@pytest.mark.parametrize('flags, said', [
+    ({'method': 'GradCam'}, "found 'GradCam', expected one of CAM, GradCAM"),
+    ({'layers': 'layer9'}, "no layer 'layer9'; close to it: layer"),
+    ({'method': 'CAM', 'layers': 'layer2'}, 'not followed by a spatial mean')])
+def test_wrong_flags_are_one_line(flags, said, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped: eva9_explain(PHOTOGRAPH, out=str(tmp_path / 'out'), **flags)
+    assert stopped.value.code == 2 and not (tmp_path / 'out').exists()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1] and lines[-1].startswith('eva9_explain: ')
+
+
+def test_the_photograph_is_read_as_it_is():
+    pixels = read_image(PHOTOGRAPH)
+    assert pixels.shape == (600, 512, 3) and pixels[300, 256].tolist() == list(Image.open(PHOTOGRAPH).getpixel((256, 300)))
