@@ -21,7 +21,6 @@ import warnings
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from eva_session9.config import Config, hardware, seed_everything, versions

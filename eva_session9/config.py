@@ -100,16 +100,17 @@ def set_rng_state(state: dict): # from `rng_state`
 def pick_device(name: str = 'auto') -> torch.device: # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
     "The device called `name`. One that this machine lacks raises `ValueError`."
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    device = torch.device(name)
-    missing = (device.type == 'cuda' and not torch.cuda.is_available()) or (
-        device.type == 'mps' and not torch.backends.mps.is_available())
-    if missing: raise ValueError(f"device {name!r} was asked for but is not available here; use 'auto' or 'cpu'")
+    try: device = torch.device(name)
+    except RuntimeError: raise ValueError(f"device: found {name!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from None
+    here = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= here: raise ValueError(f"device {name!r} was asked for but is not available here; use 'auto' or 'cpu'")
     return device
 
 # %% ../nbs/00_config.ipynb #e014b6ef
 def hardware(device: torch.device) -> str: # the device that did the work
     "What did the work, in words: the GPU's name, or the CPU's with its threads and vector units."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    if device.type != 'cpu': return f'{device.type} of {platform.platform()}'
     name = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:

@@ -8,9 +8,11 @@ Docs: https://eva-session9.github.io/eva_session9/data.html.md"""
 __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'ImageSet', 'cifar10', 'read_image', 'fit_square', 'image_folder', 'shapes']
 
 # %% ../nbs/01_data.ipynb #965c6417
+import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,6 +46,13 @@ class ImageSet:
         mean = counts @ values / total
         std = np.sqrt(counts @ values**2 / total - mean**2)
         return tuple(mean.tolist()), tuple(std.tolist())
+
+    @cached_property
+    def sha256(self) -> str:
+        "What tells one set from another: a hash of its pixels, labels and class names."
+        digest = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
+        for array in (self.images, self.labels): digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
 # %% ../nbs/01_data.ipynb #7ff5c9fd
 def _check_set(s):

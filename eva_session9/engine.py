@@ -35,9 +35,9 @@ def train_step(model: nn.Module,                 # in train mode
     "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change."
     logits = forward(model, x, precision)
     loss = F.cross_entropy(logits, y)
-    if not loss.isfinite(): raise FloatingPointError(f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}')
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    if not loss.isfinite(): raise FloatingPointError(f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}')
     optimizer.step()
     return loss.detach(), logits.detach()
 
@@ -64,7 +64,6 @@ def train(model: nn.Module,                 # on its device; put into train mode
          ) -> Scores:
     "One pass over `batches` with a step for each."
     device = next(model.parameters()).device
-    if len(batches) == 0: raise ValueError('there are no batches to train on; the set is empty')
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for step, (x, y) in enumerate(progress := tqdm(batches, label, leave=False)):
@@ -75,9 +74,12 @@ def train(model: nn.Module,                 # on its device; put into train mode
         loss += batch_loss * len(y)
         correct += (logits.argmax(1) == y).sum()
         if step % 50 == 0: progress.set_postfix(loss=f'{loss.item() / n:.3f}', accuracy=f'{correct.item() / n:.2%}')
+    if not n: raise ValueError(_NO_BATCHES)
     return Scores(loss.item() / n, correct.item() / n)
 
 # %% ../nbs/06_engine.ipynb #ed56f76e
+_NO_BATCHES = 'there are no batches to train on; the set is empty, or smaller than one batch with drop_last'
+
 def _where(error, batches, step):
     "The error's message with the step, and the images of its batch where the loader knows them."
     images = f', images {batches.indices(step)}' if hasattr(batches, 'indices') else ''
@@ -207,8 +209,11 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         out: str | Path | None = None,        # folder for a checkpoint an epoch
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
-    "Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut."
+    """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut.
+
+    That holds on the same machine, for batches that depend on nothing but `set_epoch` and torch's global generators."""
     if iter(train_batches) is train_batches: raise ValueError('the training batches can be read only once; pass a list or a loader')
+    if out is not None: _check_writable(Path(out))
     device = pick_device(device)
     optimizer, schedule = make_optimizer(model.to(device), config)
     history = _start(model, optimizer, schedule, train_batches, config, device, out, resume)
@@ -234,21 +239,39 @@ def _epoch(model, optimizer, train_batches, test_batches, precision, epoch):
     return scores | {'test_loss': tested.loss, 'test_accuracy': tested.accuracy}
 
 # %% ../nbs/06_engine.ipynb #f5b26221
+def _check_writable(out):
+    "Find out before the first epoch, not after it, whether a checkpoint can be written."
+    probe = out / 'probe'
+    write_atomically(probe, b'')
+    probe.unlink()
+
+def _settled(precision, model, batches, device):
+    "The precision itself, or for 'auto' the faster one on the first batch."
+    if precision != 'auto': return precision
+    first = next(iter(batches), None)
+    if first is None: raise ValueError(_NO_BATCHES)
+    return faster_precision(model, *(part.to(device) for part in first))
+
+def _data(batches):
+    "What a checkpoint remembers of the data: batches an epoch, and the hash of the set, where the batches know them."
+    images = getattr(getattr(batches, 'dataset', None), 'images', None)
+    steps = len(batches) if hasattr(batches, '__len__') else None
+    return {'batches an epoch': steps, 'training images (sha256)': getattr(images, 'sha256', None)}
+
 def _state(model, optimizer, schedule, batches, history):
     "All that the rest of the run depends on."
     return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(),
-            'rng': rng_state(), 'history': history.to_dict(), 'steps': len(batches), 'threads': torch.get_num_threads()}
+            'rng': rng_state(), 'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
 
 def _start(model, optimizer, schedule, batches, config, device, out, resume):
     "The record to go on with: a new one, or that of the newest checkpoint, restored."
     if out is None or not checkpoints(out):
-        x, y = next(iter(batches))
-        precision = config.precision if config.precision != 'auto' else faster_precision(model, x.to(device), y.to(device))
-        return History(config, hardware(device), versions(), precision=precision)
-    if not resume: raise FileExistsError(f'{out} holds a run already; pass resume=True to go on with it, or choose another folder')
+        return History(config, hardware(device), versions(), precision=_settled(config.precision, model, batches, device))
+    if not resume: raise FileExistsError(f'{out} holds a run already; resume it (resume=True, --resume), or choose another folder')
     state = load_checkpoint(out)
     history = History.from_dict(state['history'])
-    _same_run(history.config, config, state, batches, out)
+    _same_run(history, config, state, batches, out)
+    _same_machine(history, state, device)
     model.load_state_dict(state['model'])
     optimizer.load_state_dict(state['optimizer'])
     schedule.load_state_dict(state['schedule'])
@@ -256,12 +279,19 @@ def _start(model, optimizer, schedule, batches, config, device, out, resume):
     return history
 
 # %% ../nbs/06_engine.ipynb #42082faf
-def _same_run(stored, config, state, batches, out):
+def _same_run(history, config, state, batches, out):
     "Refuse to resume what would not be the same run."
-    before, now = asdict(stored), asdict(config)
+    before, now = asdict(history.config), asdict(config)
     changed = [f'{name} was {before[name]!r}, is {now[name]!r}' for name in now if before[name] != now[name]]
-    if state['steps'] != len(batches): changed.append(f"an epoch had {state['steps']} batches, has {len(batches)}")
-    if changed: raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder or the old recipe")
-    if state['threads'] != torch.get_num_threads():
-        warnings.warn(f"resuming with {torch.get_num_threads()} threads a run of {state['threads']}: sums are rounded in another "
-                      'order, so the weights will not be byte-identical to an uninterrupted run')
+    was = state['data']
+    changed += [f'{name} were {was[name]}, are {here}' for name, here in _data(batches).items() if was[name] != here]
+    if changed: raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder, or go back to what was")
+
+def _same_machine(history, state, device):
+    "Warn where sums may be rounded otherwise than before."
+    pairs = [(state['threads'], torch.get_num_threads()), (history.hardware, hardware(device)),
+             (history.versions['torch'], versions()['torch'])]
+    for was, now in pairs:
+        if was == now: continue
+        warnings.warn(f'begun with {was}, resumed with {now}: sums may be rounded otherwise, so the weights may not be '
+                      'byte-identical to those of an uninterrupted run')

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors, save as to_safetensors
 from torch import nn
 
-from .models.resnet import make_model
+from .models.resnet import ARCHITECTURES, make_model
 
 # %% ../nbs/05_save_load.ipynb #24e3515e
 class CheckpointError(Exception):
@@ -46,7 +46,7 @@ def write_atomically(path: Path, blob: bytes): # the final file and its content
         raise CheckpointError(f'{path}: could not write {len(blob):,} bytes ({error}); free some space or choose another folder') from error
 
 # %% ../nbs/05_save_load.ipynb #b95ea88c
-def save_model(model: nn.Module,                   # any network whose architecture the card names
+def save_model(model: nn.Module,                   # a network of ours, of the architecture that the card names
                path: str | Path,                   # ends in .safetensors
                card: dict,                         # architecture, classes, mean, std, size; recipe, accuracy, versions, ...
                dtype: torch.dtype = torch.float32  # float16 halves the file
@@ -55,6 +55,8 @@ def save_model(model: nn.Module,                   # any network whose architect
     path = Path(path)
     missing = [key for key in ('architecture', 'classes', 'mean', 'std', 'size') if key not in card]
     if missing: raise ValueError(f"the card of {path} lacks {', '.join(missing)}")
+    if card['architecture'] not in ARCHITECTURES:
+        raise ValueError(f"card: found architecture {card['architecture']!r}, expected one of {', '.join(ARCHITECTURES)}")
     state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
@@ -88,7 +90,7 @@ def pretrained() -> nn.Module: # float32, in eval mode, on the CPU, with the car
 def checkpoints(folder: str | Path # of a run
                ) -> list[Path]:    # oldest first
     "The manifests of the finished checkpoints in `folder`."
-    return sorted(Path(folder).glob('epoch-*.json'))
+    return sorted(Path(folder).glob('epoch-*.json'), key=lambda path: int(path.stem.removeprefix('epoch-')))
 
 def save_checkpoint(folder: str | Path, # of the run
                     epoch: int,         # epochs done

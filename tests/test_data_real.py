@@ -1,5 +1,5 @@
 "Real CIFAR-10: what is read, what is refused, and what is said where there is no network."
-import os, shutil, urllib.error, urllib.request
+import os, urllib.error, urllib.request
 from pathlib import Path
 
 import numpy as np

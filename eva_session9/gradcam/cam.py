@@ -94,10 +94,10 @@ class Heatmaps:
         return f'Heatmaps of {len(self.logits)} images at {self.size[0]}x{self.size[1]}: {grids}'
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #911f6523
-def unwrap(model: nn.Module) -> nn.Module: # a network, or a wrapper with one child called `module` or `_orig_mod`
-    "The network inside `torch.compile`, DataParallel, DistributedDataParallel and wrappers like them."
-    children = list(model.named_children())
-    if len(children) == 1 and children[0][0] in ('module', '_orig_mod'): return unwrap(children[0][1])
+def unwrap(model: nn.Module) -> nn.Module: # a network, compiled or wrapped for several devices, or as it is
+    "The network inside `torch.compile`, DataParallel and DistributedDataParallel. Any other wrapper is a part of the network."
+    if hasattr(model, '_orig_mod'): return unwrap(model._orig_mod)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel): return unwrap(model.module)
     return model
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #afc91c94
