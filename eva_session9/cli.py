@@ -9,6 +9,7 @@ __all__ = ['eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary']
 
 # %% ../nbs/11_cli.ipynb #32d55578
 import json
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,9 @@ def _config(name, epochs=None):
     from eva_session9.config import Config, config_from
     if name == 'session9': config = Config.session9()
     elif not name.endswith('.json'): raise ValueError(f"--config: found {name!r}, expected 'session9' or a .json file of its fields")
-    else: config = config_from(json.loads(Path(name).read_text()))
+    else:
+        try: config = config_from(json.loads(Path(name).read_text()))
+        except (ValueError, TypeError, AttributeError) as error: raise ValueError(f'--config {name}: {error}') from error
     return config if epochs is None else replace(config, epochs=epochs)
 
 # %% ../nbs/11_cli.ipynb #069e30f7
@@ -104,7 +107,8 @@ def eva9_train(
 def _command(name, data, config, **given):
     "The command line that repeats a run."
     given = {'data': data, 'config': config, **given}
-    return ' '.join([name, *(f'--{flag} {value}' for flag, value in given.items() if value is not None)])
+    flags = [(f'--{flag}', str(value)) for flag, value in given.items() if value is not None]
+    return shlex.join([name, *(word for flag in flags for word in flag)])
 
 def _save_trained(model, images, history, evaluation, out):
     "Write the model with its card, and give the card."
@@ -172,7 +176,8 @@ def eva9_find_lr(
         _draw({'find_lr': plot_lr(curve)}, out)
         (out / 'recipe.json').write_text(json.dumps(asdict(replace(recipe, lr=curve.lr)), indent=1))
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
-        print(f'suggested learning rate {curve.lr:.3g}; train with it: eva9_train --data {data} --config {out}/recipe.json')
+        again = _command('eva9_train', data, str(out / 'recipe.json'), root=root, limit=limit)
+        print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
 
 # %% ../nbs/11_cli.ipynb #d484942f
 @call_parse
@@ -189,7 +194,8 @@ def eva9_explain(
     "Draw where a model saw the evidence for what it says of images."
     with _one_line_errors('eva9_explain'):
         from eva_session9.save_load import load_model, pretrained
-        model, out = load_model(weights) if weights else pretrained(), Path(out)
+        from eva_session9.config import pick_device
+        model, out = (load_model(weights) if weights else pretrained()).to(pick_device()), Path(out)
         if bool(images) == bool(data): raise ValueError('give either image files or --data, such as --data shapes')
         if data: return _explain_mistakes(model, _sets(data, root, limit)[1], method, layers, out)
         files, pictures, bad = _read_images(images, model.card['size'])
@@ -219,7 +225,8 @@ def _heatmaps(model, pictures, method, layers):
     "The heatmaps of `pictures` for what the model predicts."
     from eva_session9.gradcam import METHODS
     if method not in METHODS: raise ValueError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
-    return METHODS[method](model, layers.split(','))(_inputs(pictures, model.card['mean'], model.card['std']))
+    inputs = _inputs(pictures, model.card['mean'], model.card['std']).to(next(model.parameters()).device)
+    return METHODS[method](model, layers.split(','))(inputs)
 
 def _describe(names, heatmaps, classes):
     "What was found, as plain data: an entry an image."
@@ -248,21 +255,23 @@ def _explain_images(model, files, pictures, method, layers, out):
     _write_numbers(found, out)
 
 def _explain_mistakes(model, images, method, layers, out):
-    "The eight most confident mistakes on `images`, as a contact sheet and as numbers."
+    "The eight most confident mistakes on `images`, or where there are none the least confident answers."
     from eva_session9.engine import test
     from eva_session9.preprocessing import loader, test_transforms
-    from eva_session9.visual import plot_misclassified
+    from eva_session9.visual import plot_heatmaps
     if list(images.classes) != model.card['classes']:
         raise ValueError(f"the model knows {', '.join(model.card['classes'])}; the images are of {', '.join(images.classes)}")
     batches = loader(images, test_transforms(model.card['mean'], model.card['std']), 250, shuffle=False)
     evaluation = test(model, batches)
-    chosen = evaluation.misclassified[:8]
-    print(f'{len(evaluation.misclassified)} of {len(images)} test images are misclassified', file=sys.stderr)
-    if not len(chosen): raise ValueError('there are no mistakes to explain; name image files instead')
+    mistakes = evaluation.misclassified
+    print(f'{len(mistakes)} of {len(images)} test images are misclassified', file=sys.stderr)
+    title = 'The most confident mistakes' if len(mistakes) else 'No mistakes: the least confident answers'
+    chosen = (mistakes if len(mistakes) else evaluation.confidence.argsort())[:8]
     heatmaps = _heatmaps(model, images.images[chosen.numpy()], method, layers)
     found = _describe([f'test image {i}' for i in chosen.tolist()], heatmaps, images.classes)
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]
-    _draw({'heatmaps': plot_misclassified(images, evaluation, heatmaps)}, out)
+    labels = [f"{entry['true']}, taken for\n{entry['predicted']} {entry['probability']:.0%}" for entry in found]
+    _draw({'heatmaps': plot_heatmaps(images.images[chosen.numpy()], heatmaps, labels, f'{title}, by {method}')}, out)
     _write_numbers(found, out)
 
 def _write_numbers(found, out):

@@ -3,10 +3,14 @@ import json
 
 import matplotlib
 import pytest
+import torch
 from PIL import Image
 
 from eva_session9.cli import eva9_explain
-from eva_session9.data import read_image
+from eva_session9.data import read_image, shapes
+from eva_session9.engine import Evaluation
+from eva_session9.models.resnet import resnet18
+from eva_session9.save_load import save_model
 
 SAMPLES = matplotlib.get_data_path()
 PHOTOGRAPH, DRAWING = f'{SAMPLES}/sample_data/grace_hopper.jpg', f'{SAMPLES}/sample_data/Minduka_Present_Blue_Pack.png'
@@ -94,3 +98,19 @@ def test_wrong_flags_are_one_line(flags, said, capsys, tmp_path):
 def test_the_photograph_is_read_as_it_is():
     pixels = read_image(PHOTOGRAPH)
     assert pixels.shape == (600, 512, 3) and pixels[300, 256].tolist() == list(Image.open(PHOTOGRAPH).getpixel((256, 300)))
+
+
+@pytest.mark.parametrize('mistakes', [0, 3])
+def test_a_model_without_mistakes_is_explained_too(mistakes, tmp_path, monkeypatch, capsys):
+    images = shapes(12, seed=1)
+    mean, std = images.stats()
+    card = dict(architecture='resnet18', classes=images.classes, mean=mean, std=std, size=32)
+    save_model(resnet18(), tmp_path / 'model.safetensors', card)
+    labels = torch.from_numpy(images.labels)
+    said = torch.where(torch.arange(12) < mistakes, (labels + 1) % 10, labels)
+    evaluation = Evaluation(torch.arange(1, 13)[:, None] * torch.eye(10)[said], labels)
+    monkeypatch.setattr('eva_session9.engine.test', lambda model, batches: evaluation)
+    assert not eva9_explain(weights=str(tmp_path / 'model.safetensors'), data='shapes', limit=12, out=str(tmp_path / 'out'))
+    entries = explained(tmp_path / 'out')
+    assert [entry['image'] for entry in entries] == [f'test image {i}' for i in (range(8) if not mistakes else (2, 1, 0))]
+    assert f'{mistakes} of 12 test images are misclassified' in capsys.readouterr().err

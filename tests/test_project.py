@@ -125,7 +125,6 @@ def test_every_import_is_a_declared_requirement():
 
 
 def test_gradcam_loads_no_heavy_dependency(tmp_path):
-    if not (PACKAGE / 'gradcam').exists(): pytest.skip('gradcam is not written yet')
     loaded = python('import eva_session9.gradcam, sys; print(*sys.modules, sep="\\n")', tmp_path)
     assert 'torch' in loaded and not set(OWNERS) & set(loaded)
 
@@ -200,7 +199,6 @@ def test_versions_agree():
 
 def test_commands_are_installed():
     cli = PACKAGE / 'cli.py'
-    if not cli.exists(): pytest.skip('cli is not written yet')
     scripts = dict(line.split('=') for line in settings()['console_scripts'].split('\n'))
     commands = re.findall(r'^def (eva9_\w+)', cli.read_text(encoding='utf-8'), re.M)
     assert scripts == {name: f'eva_session9.cli:{name}' for name in commands}
@@ -271,7 +269,6 @@ def values(tree, key):
 
 
 def test_the_package_carries_one_weights_file():
-    if not shipped_weights(): pytest.skip('no weights are shipped yet')
     assert [path.suffix for path in shipped_weights()] == ['.safetensors']
 
 

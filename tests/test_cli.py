@@ -1,0 +1,51 @@
+"What the commands say before they work, and when they cannot."
+import subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eva_session9.cli import eva9_find_lr, eva9_summary, eva9_train
+from eva_session9.lr_finder import LRCurve
+
+COMMANDS = 'eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary'
+
+
+def test_the_commands_load_without_torch():
+    code = 'import sys, eva_session9.cli; print("torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip() == 'False', done.stderr
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_says_what_each_flag_is_for(command):
+    done = subprocess.run([Path(sys.executable).parent / command, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0 and '--out' in done.stdout
+    flags = [line.split() for line in done.stdout.splitlines() if line.strip().startswith('--')]
+    assert flags and all(len(words) > 2 for words in flags), done.stdout
+
+
+@pytest.mark.parametrize('text, said', [
+    ('{"lr": 0.1', 'Expecting'), ('[]', ''), ('{"learning_rate": 0.1}', 'learning_rate'), ('{"lr": -1}', 'Config.lr: found -1')])
+def test_a_bad_recipe_is_named(text, said, tmp_path, capsys):
+    recipe = tmp_path / 'mine.json'
+    recipe.write_text(text)
+    with pytest.raises(SystemExit) as stopped: eva9_train(config=str(recipe), out=str(tmp_path / 'out'))
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and line.startswith(f'eva9_train: --config {recipe}: ') and said in line
+
+
+@pytest.mark.parametrize('size', [0, -1])
+def test_an_impossible_size_is_one_line(size, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped: eva9_summary(size=size, out=str(tmp_path))
+    assert stopped.value.code == 2 and f'found (3, {size}, {size})' in capsys.readouterr().err
+
+
+def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):
+    lrs = np.geomspace(1e-5, 1, 100)
+    losses = 2.3 - 1.5 / (1 + np.exp(-4 * (np.log10(lrs) + 2))) + 2 * lrs ** 2
+    monkeypatch.setattr('eva_session9.lr_finder.find_lr', lambda *_, **__: LRCurve(lrs.tolist(), losses.tolist()))
+    out = tmp_path / 'two words'
+    eva9_find_lr(data='shapes', limit=32, out=str(out))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.endswith(f"eva9_train --data shapes --config '{out}/recipe.json' --limit 32")
