@@ -222,7 +222,7 @@ def main():
     model, machine = network(), hardware(pick_device('cpu'))
     print(f'{machine}; load {os.getloadavg()[0]:.1f}; torch {torch.__version__}')
     print(f'{args.rounds} rounds, {args.clock} clock')
-    sections = {}
+    sections, start = {}, time.perf_counter()
     for batch_size in args.batch:
         sections[f'speed at batch {batch_size}'] = speed(model, batch_size, args.rounds, args.clock)
         show(sections[f'speed at batch {batch_size}'])
@@ -237,9 +237,10 @@ def main():
         show(sections['bfloat16'])
     if args.out:
         batches = ' '.join(map(str, args.batch))
-        command = f'python benchmarks/cam.py --batch {batches} --rounds {args.rounds} --clock {args.clock}'
+        threads = f' --threads {args.threads}' if args.threads else ''
+        command = f'python benchmarks/cam.py --batch {batches} --rounds {args.rounds} --clock {args.clock}{threads}'
         result = {**sections, 'rounds': args.rounds, 'clock': args.clock, 'hardware': machine, 'versions': versions(),
-                  'load': os.getloadavg()[0], 'command': command}
+                  'load': os.getloadavg()[0], 'seconds': round(time.perf_counter() - start), 'command': command}
         args.out.write_text(json.dumps(result, indent=1) + '\n')
 
 

@@ -92,23 +92,30 @@ def test_the_prediction_is_the_default_of_both(networks):
 
 
 @pytest.mark.parametrize('n', [1, 5])
-def test_eigen_cam_agrees_up_to_sign(networks, n):
-    model, layers, size = networks['cifar']
+@pytest.mark.parametrize('network', ['cifar', 'torchvision', 'vgg'])
+def test_eigen_cam_agrees_up_to_sign(networks, network, n):
+    model, layers, size = networks[network]
     images, classes = batch(size, n)
     ours = METHODS['EigenCAM'](model, layers)(images, classes)
     flipped = Heatmaps({name: -raw for name, raw in ours.raw.items()}, ours.size, ours.logits, ours.target)
-    expected = of_peer('EigenCAM', model, layers, images, classes)[0]
+    expected, mean = of_peer('EigenCAM', model, layers, images, classes)
     apart = torch.stack([(heatmaps.maps - expected).abs().amax((2, 3)) for heatmaps in (ours, flipped)])
     assert apart.amin(0).max() < 1e-4
+    sign = torch.where(apart[0] <= apart[1], 1, -1)[..., None, None]  # of each image and layer, as the peer has it
+    signed = {name: sign[:, i] * raw for i, (name, raw) in enumerate(ours.raw.items())}
+    assert (Heatmaps(signed, ours.size, ours.logits, ours.target).fuse() - mean).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize('n', [1, 5])
-def test_score_cam_agrees(networks, n):
-    model = networks['cifar'][0]
-    images, classes = batch((16, 12), n)
-    ours = METHODS['ScoreCAM'](model, 'layer2')(images, classes)
-    expected = of_peer('ScoreCAM', model, ['layer2'], images, classes, torch.float32)[0]
+@pytest.mark.parametrize('network, layers, size, n', [
+    ('cifar', ['layer2'], (16, 12), 5), ('cifar', ['layer2', 'layer3', 'layer4'], (16, 12), 1),
+    ('torchvision', ['layer2', 'layer3'], (32, 48), 1), ('vgg', ['features.9'], (32, 32), 1)])
+def test_score_cam_agrees(networks, network, layers, size, n):
+    model = networks[network][0]
+    images, classes = batch(size, n)
+    ours = METHODS['ScoreCAM'](model, layers)(images, classes)
+    expected, mean = of_peer('ScoreCAM', model, layers, images, classes, torch.float32)
     torch.testing.assert_close(ours.maps, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.fuse(), mean, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize('layer', ['layer3', 'layer4'])

@@ -104,7 +104,8 @@ def blurred(images: Tensor, # (N, C, H, W)
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
     kernel = torch.softmax(-offsets ** 2 / (2 * sigma ** 2), 0).expand(images.shape[1], 1, 1, -1)
     for padding, weight in (((reach, reach, 0, 0), kernel), ((0, 0, reach, reach), kernel.mT)):
-        images = F.conv2d(F.pad(images, padding, 'reflect'), weight, groups=len(weight))
+        with torch.autocast(images.device.type, enabled=False):
+            images = F.conv2d(F.pad(images, padding, 'reflect'), weight, groups=len(weight))
     return images
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #92165c07
@@ -138,12 +139,14 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
     unknown, channels = removed[:, None], images.shape[1]
     weights = images.new_tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
     def neighbours(x): return F.conv2d(x, weights.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
-    present = neighbours(torch.ones_like(images[:1, :1]))  # less than 1 at the border
     def laplacian(x): return torch.where(unknown, present * x - neighbours(x), 0)
-    from_rim = torch.where(unknown, neighbours(torch.where(unknown, 0, images)), 0)
+    with torch.autocast(images.device.type, enabled=False):
+        present = neighbours(torch.ones_like(images[:1, :1]))  # less than 1 at the border
+        from_rim = torch.where(unknown, neighbours(torch.where(unknown, 0, images)), 0)
+        solved = conjugate_gradient(laplacian, from_rim)
     generator = torch.Generator().manual_seed(seed)
     grain = noise * torch.randn(images.shape[1:], generator=generator).to(images)
-    return torch.where(unknown, conjugate_gradient(laplacian, from_rim) + grain, images)
+    return torch.where(unknown, solved + grain, images)
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #c5e11ac0
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -1,0 +1,256 @@
+"""Which heatmaps are true? Every method and layer, measured on two sets, beside controls that know nothing.
+
+- shapes: drawn images, whose true masks are known, and a ResNet-18 trained on them here. Place: pointing game, energy in the
+  mask, IoU at matched area, and how far from the object the map's centre lies; the oracle of each grid is the ceiling.
+  Class: two objects in one image, the energy on the named one less that on the other.
+- cifar10: stratified test images and the shipped weights. No masks, so nothing is said about place. Faithfulness: deletion,
+  insertion, ROAD, average drop with the map's area. Sanity: rank correlation with the map of another class, and with the map
+  after the weights were drawn anew, stage by stage.
+
+Each measured row is kept in --work and not measured again, so a run that was cut goes on. Means have 95% bootstrap intervals
+over images; "over centre" is the mean difference, image by image, to the bump in the middle.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from eva_session9.config import Config, hardware, pick_device, seed_everything, versions
+from eva_session9.data import ImageSet, cifar10, shapes
+from eva_session9.engine import faster_precision, fit, test
+from eva_session9.gradcam import (METHODS, Heatmaps, Status, area_under, bootstrap, cascade, centre_gaussian, confidence,
+                                  confidence_drop, deletion, energy_in, insertion, logit_similarity, matched_iou, oracle, pointing,
+                                  road_score)
+from eva_session9.gradcam.metrics import blurred
+from eva_session9.models.resnet import resnet18
+from eva_session9.preprocessing import loader, test_transforms
+from eva_session9.save_load import pretrained
+
+LAYERS = ['layer2', 'layer3', 'layer4']
+STAGES = ['fc', 'layer4', 'layer3', 'layer2', 'layer1', 'conv1']
+SLOW = {'ScoreCAM', 'AblationCAM'}  # a pass for each channel: made in the faster precision, and not repeated for new weights
+STEPS, FRACTIONS, SIGMA, BATCH = 16, (0.1, 0.3, 0.5, 0.7, 0.9), 5.0, 100
+
+
+class Fast(torch.nn.Module):
+    "A model that answers in the faster precision."
+    def __init__(self, model, x):
+        super().__init__()
+        precision = faster_precision(model, x, torch.zeros(len(x), dtype=torch.long))
+        self.model, self.low = model, precision == 'bf16'
+
+    def forward(self, x):
+        if self.low: x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low): return self.model(x).float()
+
+
+def inputs(images, mean, std):
+    "An image set as the model takes it, (N, 3, H, W)."
+    return torch.cat([x for x, _ in loader(images, test_transforms(mean, std), BATCH, shuffle=False)])
+
+
+def in_batches(function, *tensors):
+    "The function's results on batches of the tensors, joined; a dictionary of tensors (N, ...) each time."
+    parts = [function(*batch) for batch in zip(*(tensor.split(BATCH) for tensor in tensors))]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def place(maps, masks):
+    "Where the maps are, against the truth."
+    rows, columns = centres(maps) - centres(masks.float())
+    return {'pointing': pointing(maps, masks).float(), 'energy': energy_in(maps, masks), 'iou': matched_iou(maps, masks),
+            'rows off': rows, 'columns off': columns}
+
+
+def centres(maps):
+    "The centre of mass of each map, row and column in pixels, (2, N); an empty map has its middle."
+    weights = maps / maps.sum((1, 2), keepdim=True).clamp(min=1e-12)
+    weights = torch.where(maps.flatten(1).sum(1)[:, None, None] > 0, weights, 1 / maps[0].numel())
+    rows, columns = (torch.arange(n, dtype=maps.dtype) for n in maps.shape[1:])
+    return torch.stack([(weights.sum(2) * rows).sum(1), (weights.sum(1) * columns).sum(1)])
+
+
+def faithfulness(model, images, maps, target):
+    "Whether confidence follows the maps."
+    drop, grew = confidence_drop(model, images, maps, target)
+    return {'deletion': area_under(deletion(model, images, maps, target, STEPS)),
+            'insertion': area_under(insertion(model, images, maps, target, STEPS, SIGMA)),
+            'road': road_score(model, images, maps, target, FRACTIONS),
+            'drop': drop, 'increase': grew.float(), 'area': maps.mean((1, 2))}
+
+
+def controls(images):
+    "Maps that have seen neither the model nor the object."
+    noise = torch.rand(images.shape[0], *images.shape[2:], generator=torch.Generator().manual_seed(0))
+    return {'centre': centre_gaussian(images), 'random pixels': noise, 'uniform': torch.ones_like(noise)}
+
+
+def explainers(model):
+    "Name, layer and method, for every method on every layer where it is defined."
+    for name, method in METHODS.items():
+        for layer in LAYERS[-1:] if name == 'CAM' else LAYERS: yield name, layer, method(model, layer)
+
+
+def explained(cam, images, target, low=False):
+    "The maps, whether each is empty, and milliseconds an image."
+    def explain(x, y):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low): heatmaps = cam(x, y)
+        return {'maps': heatmaps.maps[:, 0], 'empty': (heatmaps.status[:, 0] != Status.OK).float()}
+    start = time.perf_counter()
+    found = in_batches(explain, images, target)
+    ms = 1000 * (time.perf_counter() - start) / len(images)
+    return found['maps'], {'empty': found['empty'], 'ms': torch.full((len(images),), ms)}
+
+
+class Rows:
+    "Measured rows, each a dictionary of tensors (N,), kept in a folder."
+    seconds = 0.0  # that all rows took, whenever they were measured
+
+    def __init__(self, folder, key):
+        self.folder, self.rows = folder / key, {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def measure(self, name, layer, work):
+        path, start = self.folder / f'{name} {layer}.pt', time.perf_counter()
+        if not path.exists():
+            torch.save({'row': work(), 'seconds': time.perf_counter() - start}, path.with_suffix('.part'))
+            path.with_suffix('.part').rename(path)
+        kept = torch.load(path, weights_only=True)
+        self.rows[name, layer] = kept['row']
+        Rows.seconds += kept['seconds']
+
+    def table(self):
+        "Plain data: a row each, with intervals, and differences to the centre where that was measured."
+        centre = self.rows.get(('centre', ''), {})
+        return [{'method': name, 'layer': layer, 'n': len(next(iter(row.values())))}
+                | {measure: rounded(bootstrap(values)) for measure, values in row.items()}
+                | {f'{measure} over centre': rounded(bootstrap(values - centre[measure]))
+                   for measure, values in row.items() if measure in centre and name != 'centre'}
+                for (name, layer), row in self.rows.items()]
+
+
+def rounded(interval): return [round(x, 4) for x in interval]
+
+
+def trained_on_shapes(folder):
+    "A ResNet-18 that knows the shapes, the statistics, and what makes its mistakes the heatmap's."
+    train_set, config = shapes(4000), Config(epochs=3, step_size=2, seed=0)
+    mean, std = train_set.stats()
+    seed_everything(config.seed)
+    model, normal = resnet18(), test_transforms(mean, std)
+    history = fit(model, loader(train_set, normal, config.batch_size, config.seed), None, config, 'cpu', folder, resume=True)
+
+    def answers(**options):
+        return test(model, loader(shapes(1000, seed=1, **options), normal, 250, shuffle=False), history.precision)
+    plain, swapped, erased = answers(), answers(ground_seed=2), answers(erase=True)
+    changed = (plain.predictions != swapped.predictions).double().mean().item()
+    facts = {'accuracy': plain.accuracy, 'changed by another ground': changed, 'accuracy without the shapes': erased.accuracy}
+    return model.eval().to(memory_format=torch.contiguous_format), mean, std, facts
+
+
+def two_objects(images, gap=2):
+    "Pairs of shapes of two classes in one image, apart by `gap` pixels: images, both masks, both labels."
+    near = torch.nn.functional.max_pool2d(torch.from_numpy(images.masks).float(), 2 * gap + 1, 1, gap).bool().numpy()
+    chosen = [(i, j) for i in range(len(images)) for j in [(7 * i + 3) % len(images)]
+              if images.labels[i] != images.labels[j] and not (near[i] & images.masks[j]).any()]
+    first, second = np.array(chosen).T
+    pasted = np.where(images.masks[second][..., None], images.images[second], images.images[first])
+    both = ImageSet(pasted, images.labels[first], images.classes)
+    masks, labels = ([torch.from_numpy(array[k]) for k in (first, second)] for array in (images.masks, images.labels))
+    return both, masks, labels
+
+
+def study_shapes(n, work):
+    "Place and class on drawn images."
+    model, mean, std, facts = trained_on_shapes(work / 'shapes-model')
+    images = shapes(n, seed=1)
+    x, masks = inputs(images, mean, std), torch.from_numpy(images.masks)
+    both, both_masks, both_labels = two_objects(images)
+    two = inputs(both, mean, std)
+    with torch.no_grad(): logits, two_logits = model(x), model(two)
+    target, low = logits.argmax(1), Fast(model, x[:32]).low
+    named = two_logits.topk(2).indices.sort().values == torch.stack(both_labels, 1).sort().values
+    facts |= {'object share': masks.float().mean().item(), 'pairs': len(two),
+              'both objects in the top two': named.all(1).float().mean().item(),
+              'precision of slow methods': 'bf16' if low else 'fp32'}
+    rows = Rows(work, f'shapes-{n}')
+    for name, maps in controls(x).items(): rows.measure(name, '', lambda: place(maps, masks))
+    for layer, side in zip(LAYERS, (16, 8, 4)):
+        ceiling = Heatmaps({layer: oracle(masks, (side, side))}, (32, 32), logits, target).maps[:, 0]
+        rows.measure('oracle', layer, lambda: place(ceiling, masks))
+
+    def class_of_two(cam):
+        maps = [in_batches(lambda a, b: {'maps': cam(a, b).maps[:, 0]}, two, labels)['maps'] for labels in both_labels]
+        own = [energy_in(m, mask) - energy_in(m, other) for m, mask, other in zip(maps, both_masks, both_masks[::-1])]
+        return (own[0] + own[1]) / 2
+
+    def work_on(name, cam):
+        maps, row = explained(cam, x, target, low and name in SLOW)
+        return row | place(maps, masks)
+    pairs = Rows(work, f'pairs-{n}')
+    for name, layer, cam in tqdm(list(explainers(model)), 'shapes'):
+        rows.measure(name, layer, lambda: work_on(name, cam))
+        pairs.measure(name, layer, lambda: {'named less other': class_of_two(cam)})
+    return {'conditions': facts, 'place': rows.table(), 'two objects': pairs.table()}
+
+
+def stratified(images, n):
+    "The first n / K images of each class, in the order of the set."
+    per_class = n // len(images.classes)
+    chosen = [np.flatnonzero(images.labels == k)[:per_class] for k in range(len(images.classes))]
+    return images.subset(np.sort(np.concatenate(chosen)))
+
+
+def study_cifar10(root, n, work):
+    "Faithfulness and sanity on real images."
+    model, (train_set, test_set) = pretrained(), cifar10(root)
+    mean, std = model.card['mean'], model.card['std']
+    images = stratified(test_set, n)
+    x, calibration = inputs(images, mean, std), inputs(stratified(train_set, 250), mean, std)
+    fast = Fast(model, x[:32])
+    target = in_batches(lambda a: {'target': fast(a).argmax(1)}, x)['target']
+    hidden = in_batches(lambda a, b: {'c': confidence(fast, blurred(a, SIGMA), b)}, x, target)['c']
+    facts = {'accuracy': (target.numpy() == images.labels).mean().item(), 'confidence when blurred': hidden.mean().item(),
+             'sigma': SIGMA, 'precision': 'bf16' if fast.low else 'fp32'}
+    rows, sanity = (Rows(work, f"{what}-{model.card['sha256'][:8]}-{n}") for what in ('cifar10', 'sanity'))
+
+    def faithful(maps): return in_batches(lambda *batch: faithfulness(fast, *batch), x, maps, target)
+    for name, maps in controls(x).items(): rows.measure(name, '', lambda: faithful(maps))
+
+    def work_on(name, cam):
+        maps, row = explained(cam, x, target, fast.low and name in SLOW)
+        return row | faithful(maps)
+
+    def sane(name, cam, layer):
+        some, classes = x[:n // 5], target[:n // 5]
+        row = in_batches(lambda a: {'another class': logit_similarity(cam, a)[layer]}, some)
+        if name in SLOW: return row
+        changed = in_batches(lambda a, b: {'after': cascade(cam, a, b, STAGES, calibration)[layer].T}, some, classes)['after']
+        return row | {f'new {stage}': changed[:, i] for i, stage in enumerate(STAGES)}
+    for name, layer, cam in tqdm(list(explainers(model)), 'cifar10'):
+        rows.measure(name, layer, lambda: work_on(name, cam))
+        sanity.measure(name, layer, lambda: sane(name, cam, layer))
+    return {'conditions': facts, 'faithfulness': rows.table(), 'sanity': sanity.table(), 'weights_sha256': model.card['sha256']}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shapes', type=int, default=500, help='drawn images (default 500)')
+    parser.add_argument('--images', type=int, default=1000, help='CIFAR-10 test images, a multiple of 10 (default 1000)')
+    parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
+    parser.add_argument('--work', type=Path, default=Path('eva9-cam-study'), help='folder for the rows (default eva9-cam-study)')
+    parser.add_argument('--out', type=Path, default=Path('results/cam_study.json'), help='default results/cam_study.json')
+    args = parser.parse_args()
+    machine = hardware(pick_device('cpu'))
+    found = {'shapes': study_shapes(args.shapes, args.work), 'cifar10': study_cifar10(args.root, args.images, args.work)}
+    found |= {'seed': 0, 'hardware': machine, 'versions': versions(), 'seconds': round(Rows.seconds),
+              'command': f'python benchmarks/cam_study.py --shapes {args.shapes} --images {args.images}'}
+    args.out.write_text(json.dumps(found, indent=1) + '\n')
+    print(args.out)
+
+
+if __name__ == '__main__': main()
