@@ -137,17 +137,11 @@ def _training_figures(model, sets, train_batches, history, evaluation):
 def _mistakes(model, images, evaluation, mean, std):
     "The eight most confident mistakes and why they were made, on layers 3 and 4."
     from eva_session9.gradcam import GradCAM
+    from eva_session9.preprocessing import as_inputs
     from eva_session9.visual import plot_misclassified
     worst = images.subset(evaluation.misclassified[:8].numpy())
-    heatmaps = GradCAM(model, ['layer3', 'layer4'])(_inputs(worst.images, mean, std).to(next(model.parameters()).device))
+    heatmaps = GradCAM(model, ['layer3', 'layer4'])(as_inputs(worst.images, mean, std).to(next(model.parameters()).device))
     return plot_misclassified(images, evaluation, heatmaps)
-
-def _inputs(images, mean, std):
-    "uint8 (N, H, W, 3) to the model's float (N, 3, H, W)."
-    import torch
-    from eva_session9.preprocessing import test_transforms
-    transform = test_transforms(mean, std)
-    return torch.stack([transform(image=image)['image'] for image in images])
 
 # %% ../nbs/11_cli.ipynb #890eea63
 @call_parse
@@ -224,8 +218,9 @@ def _visible_files(folder): return [path for path in sorted(folder.iterdir()) if
 def _heatmaps(model, pictures, method, layers):
     "The heatmaps of `pictures` for what the model predicts."
     from eva_session9.gradcam import METHODS
+    from eva_session9.preprocessing import as_inputs
     if method not in METHODS: raise ValueError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
-    inputs = _inputs(pictures, model.card['mean'], model.card['std']).to(next(model.parameters()).device)
+    inputs = as_inputs(pictures, model.card['mean'], model.card['std']).to(next(model.parameters()).device)
     return METHODS[method](model, layers.split(','))(inputs)
 
 def _describe(names, heatmaps, classes):
