@@ -178,7 +178,7 @@ def eva9_find_lr(
 def eva9_explain(
     *images: str,                            # image files (PNG, JPEG, WebP) or folders of them
     weights: str = None,                     # a model.safetensors that eva9_train wrote; the library's own if not given
-    method: str = 'GradCAM',                 # a name in `gradcam.METHODS`, such as GradCAM, GradCAM++, LayerCAM
+    method: str = 'GradCAM',                 # names in `gradcam.METHODS`, such as GradCAM,LayerCAM, with commas between
     layers: str = 'layer2,layer3,layer4',    # names of layers, with commas between
     data: str = None,                        # 'cifar10', 'shapes', or a folder with classes: explain mistakes on its test images
     root: str = None,                        # folder of the CIFAR-10 files; your cache folder if not given
@@ -216,12 +216,17 @@ def _visible_files(folder): return [path for path in sorted(folder.iterdir()) if
 
 # %% ../nbs/11_cli.ipynb #4e698caf
 def _heatmaps(model, pictures, method, layers):
-    "The heatmaps of `pictures` for what the model predicts."
+    "The heatmaps of `pictures` for what the model predicts; of several methods, each layer under the name of both."
+    from dataclasses import replace
     from eva_session9.gradcam import METHODS
     from eva_session9.preprocessing import as_inputs
-    if method not in METHODS: raise ValueError(f"--method: found {method!r}, expected one of {', '.join(METHODS)}")
     inputs = as_inputs(pictures, model.card['mean'], model.card['std']).to(next(model.parameters()).device)
-    return METHODS[method](model, layers.split(','))(inputs)
+    found = {}
+    for name in method.split(','):
+        if name not in METHODS: raise ValueError(f"--method: found {name!r}, expected one of {', '.join(METHODS)}")
+        found[name] = METHODS[name](model, layers.split(','))(inputs)
+    if len(found) == 1: return found[name]
+    return replace(found[name], raw={f'{name} {layer}': raw for name, maps in found.items() for layer, raw in maps.raw.items()})
 
 def _describe(names, heatmaps, classes):
     "What was found, as plain data: an entry an image."

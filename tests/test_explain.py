@@ -34,6 +34,13 @@ def test_photograph_by_several_methods(tmp_path):
         with Image.open(tmp_path / method / 'heatmaps.png') as sheet: assert min(sheet.size) > 200
 
 
+def test_two_methods_side_by_side(tmp_path):
+    for method in ('GradCAM', 'EigenCAM', 'GradCAM,EigenCAM'):
+        assert not eva9_explain(PHOTOGRAPH, method=method, layers='layer3,layer4', out=str(tmp_path / method))
+    grad, eigen, both = (explained(tmp_path / method)[0]['layers'] for method in ('GradCAM', 'EigenCAM', 'GradCAM,EigenCAM'))
+    assert both == {f'{name} {layer}': value for name, one in (('GradCAM', grad), ('EigenCAM', eigen)) for layer, value in one.items()}
+
+
 def test_every_mode_says_the_same(tmp_path, capsys):
     photograph = Image.open(PHOTOGRAPH)
     folder = tmp_path / 'photographs'
