@@ -32,14 +32,15 @@ def _user_errors():
     from eva_session9.save_load import CheckpointError
     return ValueError, TypeError, OSError, FloatingPointError, CheckpointError
 
-# %% ../nbs/11_cli.ipynb #13af0848
+# %% ../nbs/11_cli.ipynb #5fb7127d
 def _config(name, epochs=None):
     "The recipe called `name`, or the one in the JSON file `name`."
     from dataclasses import replace
     from eva_session9.config import Config, config_from
-    if name == 'session9': config = Config.session9()
-    elif not name.endswith('.json'): raise ValueError(f"--config: found {name!r}, expected 'session9' or a .json file of its fields")
-    else: config = config_from(json.loads(Path(name).read_text()))
+    named = {'session9': Config.session9, 'fast': Config.fast, 'laptop': Config.laptop}
+    if name in named: config = named[name]()
+    elif name.endswith('.json'): config = config_from(json.loads(Path(name).read_text()))
+    else: raise ValueError(f"--config: found {name!r}, expected one of {', '.join(named)}, or a .json file of fields")
     return config if epochs is None else replace(config, epochs=epochs)
 
 # %% ../nbs/11_cli.ipynb #069e30f7
@@ -54,16 +55,20 @@ def _sets(data, root=None, limit=None):
     else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
 
-# %% ../nbs/11_cli.ipynb #ca14edbd
+# %% ../nbs/11_cli.ipynb #fb509dbb
 def _loaders(config, train_set, test_set):
     "The augmented training batches and the plain test batches of a recipe."
     import os
     from eva_session9.config import pick_device
-    from eva_session9.preprocessing import loader, test_transforms, train_transforms
+    from eva_session9.preprocessing import Batches, loader, test_transforms, train_transforms
     mean, std = train_set.stats()
+    augment, plain = train_transforms(mean, std, config, train_set.images.shape[1]), test_transforms(mean, std)
+    if config.batched:  # a last batch that is smaller would have to be compiled anew
+        return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
+                Batches(test_set, plain, 500, shuffle=False))
     workers = 0 if pick_device().type == 'cpu' else min(8, os.cpu_count())  # on a CPU the cores are busy training
-    return (loader(train_set, train_transforms(mean, std, config), config.batch_size, config.seed, workers),
-            loader(test_set, test_transforms(mean, std), 250, num_workers=workers, shuffle=False))
+    return (loader(train_set, augment, config.batch_size, config.seed, workers),
+            loader(test_set, plain, 250, num_workers=workers, shuffle=False))
 
 def _draw(figures, out):
     "Write the figures, a dictionary of name and figure, and say where."
