@@ -326,22 +326,29 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         if out is not None: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
     return history
 
-# %% ../nbs/06_engine.ipynb #1585dc20
+# %% ../nbs/06_engine.ipynb #f30e66e5
 def _epoch(network, parts, train_batches, test_batches, config, precision, epoch):
     "Train for one epoch and test, if there is something to test on; the scores by name."
     if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
     step = _step(parts, config, config.size(epoch))
     trained = train(network, train_batches, parts['optimizer'], precision, f'epoch {epoch + 1}', step)
+    _check_finite(parts['model'], epoch)
     if not config.warmup: parts['schedule'].step()
     scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
     if test_batches is None: return scores
     tested = test(parts['model'], test_batches, precision)
     return scores | {'test_loss': tested.loss, 'test_accuracy': tested.accuracy}
 
-# %% ../nbs/06_engine.ipynb #5a7566e4
+def _check_finite(model, epoch):
+    "Refuse to go on with weights, or to store weights, that are not finite."
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f'{name} is not finite after epoch {epoch + 1}; go on from the last checkpoint with a lower learning rate')
+
+# %% ../nbs/06_engine.ipynb #66cbb5a0
 def _step(parts, config, size):
     "`train_step` as the recipe has it, at a `size` of images, and what is to be done after each."
-    def step(model, x, y, optimizer, precision):
+    def step(model, x, y, optimizer, precision='fp32'):
         result = train_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
         if config.warmup: parts['schedule'].step()
         if config.lookahead: parts['average'].step()
