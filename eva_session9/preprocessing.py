@@ -260,7 +260,7 @@ class DropoutTwin(Twin):
         high, wide = ((0 <= place) & (place < n) for place, n in zip((rows, columns), self.box))
         return torch.where((high[:, :, None] & wide[:, None])[:, None], self.fill, images)
 
-# %% ../nbs/02_preprocessing.ipynb #a5d0d13c
+# %% ../nbs/02_preprocessing.ipynb #6b11dbb0
 class PadTwin(Twin):
     "`PadIfNeeded` to a size, centred, with a reflected border. Draws nothing."
     needs = {'border_mode': cv2.BORDER_REFLECT_101, 'position': 'center', 'p': 1, 'pad_height_divisor': None, 'pad_width_divisor': None}
@@ -268,15 +268,16 @@ class PadTwin(Twin):
     def size(self, size): return max(size[0], self.transform.min_height), max(size[1], self.transform.min_width)
 
     def apply(self, images, _):
-        rows, columns = (self._reflected(n, m) for n, m in zip(images.shape[2:], self.size(images.shape[2:])))
-        return images.index_select(2, rows).index_select(3, columns)
+        for dim, padded in zip((2, 3), self.size(images.shape[2:])): images = _reflected(images, dim, padded)
+        return images
 
-    def _reflected(self, n, padded):
-        "Which of `n` pixels stands at each of `padded` places."
-        before = (padded - n) // 2
-        if padded > 3 * n - 2: raise ValueError(f'PadIfNeeded: {n} pixels cannot be reflected to {padded}, expected at most {3 * n - 2}')
-        place = torch.arange(-before, padded - before, device=self.device)
-        return n - 1 - (n - 1 - place.abs()).abs()
+def _reflected(images, dim, padded):
+    "The images with a border along `dim` that is their own edge, flipped, `padded` pixels in all."
+    n = images.shape[dim]
+    if padded > 3 * n - 2: raise ValueError(f'PadIfNeeded: {n} pixels cannot be reflected to {padded}, expected at most {3 * n - 2}')
+    before, after = (padded - n) // 2, padded - n - (padded - n) // 2
+    borders = images.narrow(dim, 1, before).flip(dim), images.narrow(dim, n - 1 - after, after).flip(dim)
+    return torch.cat([borders[0], images, borders[1]], dim)
 
 class CropTwin(Twin):
     "`RandomCrop`. Parameters: row and column of the corner, int64 (B, 2)."
@@ -290,7 +291,7 @@ class CropTwin(Twin):
         windows = images.unfold(2, self.transform.height, 1).unfold(3, self.transform.width, 1)
         return windows[torch.arange(len(images), device=self.device), :, corners[:, 0], corners[:, 1]]
 
-# %% ../nbs/02_preprocessing.ipynb #ca409a37
+# %% ../nbs/02_preprocessing.ipynb #263e8270
 class NormalizeTwin(Twin):
     "`Normalize` by given mean and standard deviation. Draws nothing; gives float32."
     needs = {'normalization': 'standard', 'p': 1}
@@ -299,7 +300,7 @@ class NormalizeTwin(Twin):
         super().__init__(transform, device)
         self.mean, self.factor = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (transform.mean_np, transform.denominator))
 
-    def apply(self, images, _): return (images.float() - self.mean) * self.factor
+    def apply(self, images, _): return (images.float() - self.mean).mul_(self.factor)
 
 # %% ../nbs/02_preprocessing.ipynb #8174035b
 _TWINS = {A.Rotate: RotateTwin, A.HorizontalFlip: FlipTwin, AlternatingFlip: AlternatingFlipTwin, A.CoarseDropout: DropoutTwin,
