@@ -64,7 +64,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
           label: str = 'train',             # of the progress bar
           step: Callable = train_step       # what to do with a batch; called and answers as `train_step` does
          ) -> Scores:
-    "One pass over `batches` with a step for each."
+    "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try."
     device = next(model.parameters()).device
     if len(batches) == 0: raise ValueError('there are no batches to train on; the set is empty')
     model.train()
@@ -311,7 +311,10 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         out: str | Path | None = None,        # folder for a checkpoint an epoch
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
-    "Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut."
+    """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut.
+
+    A loss or weights that are not finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder
+    that holds a run `FileExistsError` without `resume`, and one that holds another run `ValueError`."""
     if iter(train_batches) is train_batches: raise ValueError('the training batches can be read only once; pass a list or a loader')
     device = pick_device(device)
     parts = _parts(model.to(device), config, len(train_batches))

@@ -309,7 +309,7 @@ _TWINS = {A.Rotate: RotateTwin, A.HorizontalFlip: FlipTwin, AlternatingFlip: Alt
 def twin(transform: A.BasicTransform,              # of Albumentations, or our own
          device: torch.device = torch.device('cpu') # where the batches are
         ) -> Twin:
-    "What does to a batch as `transform` does to an image. `ValueError` where there is no such thing."
+    "Does to a batch what `transform` does to an image. `ValueError` where there is no such thing."
     name, kind = type(transform).__name__, _TWINS.get(type(transform))
     if kind is None:
         raise ValueError(f"{name} has no batched twin; {', '.join(t.__name__ for t in _TWINS)} have. Use `loader` for others")
