@@ -142,7 +142,7 @@ def _single_threaded(worker_id):
 def philox(counter: tuple, # four integers below 2**32, or int64 tensors of them
            key: tuple      # two integers below 2**32
           ) -> tuple:      # four random integers below 2**32, in the form of the counter
-    "Philox4x32-10 ([Salmon et al. 2011](https://doi.org/10.1145/2063384.2063405), section 3.3)."
+    "Philox4x32-10 ([Salmon et al. 2011](https://doi.org/10.1145/2063384.2063405))."
     low = 2**32 - 1
     (a, b, c, d), (k, l) = counter, key
     for _ in range(10):
