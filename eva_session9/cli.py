@@ -7,7 +7,7 @@ Docs: https://eva-session9.github.io/eva_session9/cli.html.md"""
 # %% auto #0
 __all__ = ['eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary']
 
-# %% ../nbs/11_cli.ipynb #32d55578
+# %% ../nbs/11_cli.ipynb #7cf7585c
 import json
 import shlex
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastcore.script import call_parse
 
-# %% ../nbs/11_cli.ipynb #88380fbb
+# %% ../nbs/11_cli.ipynb #919f1428
 @contextmanager
 def _one_line_errors(command):
     "Turn the errors that a user can mend into one line and exit code 2, and Ctrl-C into 130."
@@ -31,15 +31,16 @@ def _one_line_errors(command):
 
 def _user_errors():
     from eva_session9.save_load import CheckpointError
-    return ValueError, TypeError, OSError, FloatingPointError, CheckpointError
+    return ValueError, TypeError, OSError, FloatingPointError, MemoryError, CheckpointError
 
-# %% ../nbs/11_cli.ipynb #13af0848
+# %% ../nbs/11_cli.ipynb #0271cb0b
 def _config(name, epochs=None):
     "The recipe called `name`, or the one in the JSON file `name`."
     from dataclasses import replace
     from eva_session9.config import Config, config_from
-    if name == 'session9': config = Config.session9()
-    elif not name.endswith('.json'): raise ValueError(f"--config: found {name!r}, expected 'session9' or a .json file of its fields")
+    named = {'session9': Config.session9, 'fast': Config.fast, 'laptop': Config.laptop}
+    if name in named: config = named[name]()
+    elif not name.endswith('.json'): raise ValueError(f"--config: found {name!r}, expected one of {', '.join(named)}, or a .json file of fields")
     else:
         try: config = config_from(json.loads(Path(name).read_text()))
         except (ValueError, TypeError, AttributeError) as error: raise ValueError(f'--config {name}: {error}') from error
@@ -57,16 +58,20 @@ def _sets(data, root=None, limit=None):
     else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
 
-# %% ../nbs/11_cli.ipynb #ca14edbd
+# %% ../nbs/11_cli.ipynb #fb509dbb
 def _loaders(config, train_set, test_set):
     "The augmented training batches and the plain test batches of a recipe."
     import os
     from eva_session9.config import pick_device
-    from eva_session9.preprocessing import loader, test_transforms, train_transforms
+    from eva_session9.preprocessing import Batches, loader, test_transforms, train_transforms
     mean, std = train_set.stats()
+    augment, plain = train_transforms(mean, std, config, train_set.images.shape[1]), test_transforms(mean, std)
+    if config.batched:  # a last batch that is smaller would have to be compiled anew
+        return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
+                Batches(test_set, plain, 500, shuffle=False))
     workers = 0 if pick_device().type == 'cpu' else min(8, os.cpu_count())  # on a CPU the cores are busy training
-    return (loader(train_set, train_transforms(mean, std, config), config.batch_size, config.seed, workers),
-            loader(test_set, test_transforms(mean, std), 250, num_workers=workers, shuffle=False))
+    return (loader(train_set, augment, config.batch_size, config.seed, workers),
+            loader(test_set, plain, 250, num_workers=workers, shuffle=False))
 
 def _draw(figures, out):
     "Write the figures, a dictionary of name and figure, and say where."
@@ -75,12 +80,12 @@ def _draw(figures, out):
         figure.savefig(out / f'{name}.png')
         print(out / f'{name}.png')
 
-# %% ../nbs/11_cli.ipynb #7a240410
+# %% ../nbs/11_cli.ipynb #c4c9e58f
 @call_parse
 def eva9_train(
     data: str = 'shapes',     # 'cifar10', 'shapes', or a folder of images
     root: str = None,         # folder of the CIFAR-10 files; your cache folder if not given
-    config: str = 'session9', # the recipe: 'session9', or a .json file of its fields
+    config: str = 'session9', # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
     epochs: int = None,       # passes over the training set, instead of the recipe's
     limit: int = None,        # use a sample of so many training and so many test images
     resume: bool = False,     # go on with the run in `out`
@@ -103,7 +108,7 @@ def eva9_train(
         _draw(_training_figures(model, sets, train_batches, history, evaluation), out)
         print(f'test accuracy {evaluation.accuracy:.2%} after {len(history.epochs)} epochs; everything is in {out}/')
 
-# %% ../nbs/11_cli.ipynb #d5f37fa6
+# %% ../nbs/11_cli.ipynb #eb0e43b5
 def _command(name, data, config, **given):
     "The command line that repeats a run."
     given = {'data': data, 'config': config, **given}
@@ -120,7 +125,7 @@ def _save_trained(model, images, history, evaluation, out):
         size=images.images.shape[1], recipe=asdict(history.config), precision=history.precision,
         accuracy=evaluation.accuracy, tested_on=len(evaluation.labels), command=history.command, versions=history.versions))
 
-# %% ../nbs/11_cli.ipynb #66d63112
+# %% ../nbs/11_cli.ipynb #bfeb1f58
 def _training_figures(model, sets, train_batches, history, evaluation):
     "Samples, augmentation, curves, confusion, and the most confident mistakes with their heatmaps."
     from eva_session9 import visual
@@ -143,12 +148,12 @@ def _mistakes(model, images, evaluation, mean, std):
     heatmaps = GradCAM(model, ['layer3', 'layer4'])(as_inputs(worst.images, mean, std).to(next(model.parameters()).device))
     return plot_misclassified(images, evaluation, heatmaps)
 
-# %% ../nbs/11_cli.ipynb #890eea63
+# %% ../nbs/11_cli.ipynb #19d57976
 @call_parse
 def eva9_find_lr(
     data: str = 'shapes',      # 'cifar10', 'shapes', or a folder of images
     root: str = None,          # folder of the CIFAR-10 files; your cache folder if not given
-    config: str = 'session9',  # the recipe: 'session9', or a .json file of its fields
+    config: str = 'session9',  # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
     steps: int = 100,          # training steps of the sweep
     limit: int = None,         # use a sample of so many training images
     out: str = 'eva9-find-lr', # folder for the curve and the numbers
@@ -173,7 +178,7 @@ def eva9_find_lr(
         again = _command('eva9_train', data, str(out / 'recipe.json'), root=root, limit=limit)
         print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
 
-# %% ../nbs/11_cli.ipynb #d484942f
+# %% ../nbs/11_cli.ipynb #f535de49
 @call_parse
 def eva9_explain(
     *images: str,                            # image files (PNG, JPEG, WebP) or folders of them
@@ -214,7 +219,7 @@ def _read_images(paths, size):
 
 def _visible_files(folder): return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != '.']
 
-# %% ../nbs/11_cli.ipynb #4e698caf
+# %% ../nbs/11_cli.ipynb #d66e758d
 def _heatmaps(model, pictures, method, layers):
     "The heatmaps of `pictures` for what the model predicts; of several methods, each layer under the name of both."
     from dataclasses import replace
@@ -238,7 +243,7 @@ def _describe(names, heatmaps, classes):
                         for l, layer in enumerate(heatmaps.layers)}}
             for i, name in enumerate(names)]
 
-# %% ../nbs/11_cli.ipynb #5ca96cdd
+# %% ../nbs/11_cli.ipynb #eac1c779
 def _explain_images(model, files, pictures, method, layers, out):
     "Contact sheets and the numbers of the images."
     from tqdm.auto import tqdm
@@ -279,11 +284,11 @@ def _write_numbers(found, out):
     (out / 'heatmaps.json').write_text(json.dumps(found, indent=1))
     print(out / 'heatmaps.json')
 
-# %% ../nbs/11_cli.ipynb #4cd0f98d
+# %% ../nbs/11_cli.ipynb #42c33088
 @call_parse
 def eva9_summary(
     weights: str = None,        # a model.safetensors that eva9_train wrote; else the fresh network of --config
-    config: str = 'session9',   # the recipe: 'session9', or a .json file of its fields
+    config: str = 'session9',   # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
     size: int = 32,             # height and width of the images, pixels
     out: str = 'eva9-summary',  # folder for the table
 ):
