@@ -6,13 +6,14 @@ Docs: https://eva-session9.github.io/eva_session9/panel.html.md"""
 
 # %% auto #0
 __all__ = ['ORDERS', 'THUMB', 'CELL', 'COLUMNS', 'ROWS', 'View', 'changed', 'Table', 'tabulate', 'select', 'probe',
-           'match_classes', 'heat', 'signed_heat', 'png', 'sprite', 'explain', 'takes_many_passes', 'watched',
-           'Stopped', 'classify', 'logits_file', 'stored_evaluation', 'store_evaluation', 'Picked', 'explained_class',
-           'image_caption', 'map_caption', 'lines_html', 'thumbnail_label', 'question', 'obstacle', 'probability_bars',
-           'Page', 'layer_picture', 'Explorer', 'nothing', 'newest_run', 'default_source', 'default_model_and_images',
-           'Work', 'HeatmapPanel', 'view_png', 'Snapshot']
+           'match_classes', 'heat', 'signed_heat', 'png', 'sprite', 'explain', 'takes_many_passes', 'Evidence',
+           'gather', 'uses_gradients', 'map_evidence', 'watched', 'Stopped', 'classify', 'logits_file',
+           'stored_evaluation', 'store_evaluation', 'Picked', 'explained_class', 'image_caption', 'map_caption',
+           'lines_html', 'thumbnail_label', 'question', 'obstacle', 'probability_bars', 'Page', 'layer_picture',
+           'Explorer', 'nothing', 'newest_run', 'default_source', 'default_model_and_images', 'Work', 'HeatmapPanel',
+           'view_png', 'Snapshot']
 
-# %% ../nbs/10_panel.ipynb #41147bbf
+# %% ../nbs/10_panel.ipynb #0d6f3305
 import json
 import re
 from base64 import b64encode
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
 from .engine import Evaluation, forward
 from .gradcam import METHODS, Heatmaps, Status
-from .gradcam.cam import unwrap
+from .gradcam.cam import CAM, ForwardPass, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
 from .visual import overlay
@@ -214,6 +215,46 @@ def explain(model: nn.Module,        # an image classifier
 def takes_many_passes(method: str) -> bool: # a key of `gradcam.METHODS`
     "Does the method run the network for every channel? Such methods let one choose how many channels at a time."
     return 'batch_size' in signature(METHODS[method]).parameters
+
+# %% ../nbs/10_panel.ipynb #066591f3
+class Evidence(CAM):
+    "Not a map, but what the gradient methods make theirs of: activations, and gradients for every class."
+    def raw_maps(self, seen: ForwardPass) -> dict[str, Tensor]: # one pass
+        "Keep layer -> activation (1, C, h, w) and gradients (K, C, h, w); the maps it gives are of no use."
+        found = list(gradients(seen))
+        self.kept = {name: (activation[:1], torch.cat([per_layer[name] for per_layer in found]))
+                     for name, activation in seen.activations.items()}
+        return {name: activation[:, :1] for name, activation in seen.activations.items()}
+
+def gather(model: nn.Module,        # an image classifier
+           x: Tensor,               # one image as the model takes it, (1, 3, H, W)
+           layers: Sequence[str],   # names, in the order in which they run
+           k: int                   # how many classes the model has
+          ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    "Layer -> activation and gradients, and logits (1, K): one pass, from the first layer on for all classes."
+    evidence = Evidence(model, list(layers))
+    first = evidence.layers[layers[0]]
+    hook = first.register_forward_hook(lambda module, inputs, output: output.expand(k, *output.shape[1:]))
+    try: logits = evidence(x, torch.arange(k)).logits
+    finally: hook.remove()
+    return evidence.kept, logits[:1]
+
+def uses_gradients(method: str) -> bool: # a key of `gradcam.METHODS`
+    "Is the method's map a formula of one activation and its gradient?"
+    return METHODS[method].graph and METHODS[method].raw_maps is CAM.raw_maps
+
+def map_evidence(model: nn.Module,        # an image classifier
+                 method: str,             # a key of `gradcam.METHODS`, one that `uses_gradients`
+                 evidence: dict,          # layer -> activation and gradients
+                 logits: Tensor,          # (1, K)
+                 size: tuple[int, int]    # (H, W) of the image
+                ) -> dict[str, Heatmaps]:
+    "Layer -> the heatmaps of a gradient method for every class, from what `gather` gave, without a pass."
+    cam = METHODS[method](model, list(evidence))
+    with torch.no_grad():
+        raw = {name: cam.heatmap(activation.expand_as(gradient), gradient)
+               for name, (activation, gradient) in evidence.items()}
+    return {name: Heatmaps({name: maps[None]}, size, logits, None) for name, maps in raw.items()}
 
 # %% ../nbs/10_panel.ipynb #6e21e639
 @contextmanager
@@ -391,7 +432,7 @@ def layer_picture(view: View,
     draw, cmap = (signed_heat, 'RdBu_r') if view.difference else (heat, view.cmap)
     return png(overlay(picked.pixels, draw(raw, size, view.cells).clamp(0, 1), view.alpha, cmap)), caption
 
-# %% ../nbs/10_panel.ipynb #f0a51833
+# %% ../nbs/10_panel.ipynb #6310bc38
 class Explorer:
     """A model, a set of images, what it says of them, and the heatmaps made so far: the panel without its widgets.
 
@@ -406,7 +447,7 @@ class Explorer:
         self.model, self.images, self.lock = model, images, Lock()
         self.mean, self.std = _statistics(model, mean, std)
         self.transform = test_transforms(self.mean, self.std)
-        self.files, self.made, self.said = [], {}, {}
+        self.files, self.made, self.said, self.evidence = [], {}, {}, (None, {}, None)
         logits, self.stages, self.problem = self._probe()
         self.runs = logits is not None
         if evaluation is not None: logits = _checked(evaluation, images, logits)
@@ -488,7 +529,7 @@ def pick(self: Explorer, view: View) -> Picked | None:
     image, label = self.images.images[i], self.images.classes[self.images.labels[i]]
     return Picked(i, image, f'image {i}', label, int(self.true[i]), self.logits(i, image))
 
-# %% ../nbs/10_panel.ipynb #5e0e6f4f
+# %% ../nbs/10_panel.ipynb #da65d165
 @patch
 def heatmaps(self: Explorer,
              picked: Picked,
@@ -499,12 +540,24 @@ def heatmaps(self: Explorer,
     "Layer -> its heatmaps for every class, or why there are none. The last 1,000 that were made are kept."
     missing = self.missing(picked.key, method, layers)
     if missing:
-        with self.lock, watched(self.model, on_pass):
-            made = explain(self.model, self.input(picked.pixels), method, missing)
+        with self.lock, watched(self.model, on_pass): made = self._make(picked, method, missing)
         self.made |= {(picked.key, method, name): maps for name, maps in made.items()}
     found = {name: self.made[picked.key, method, name] for name in layers}
     while len(self.made) > 1000: del self.made[next(iter(self.made))]
     return found
+
+@patch
+def _make(self: Explorer, picked, method, layers):
+    "Heatmaps of every class; by the gradients of the last image that was explained, if they serve."
+    x, few = self.input(picked.pixels), len(self.classes) <= 32  # copies of the image; more would take much memory
+    if not few or not uses_gradients(method): return explain(self.model, x, method, layers)
+    try:
+        if self.evidence[0] != picked.key or not self.evidence[1].keys() >= set(layers):
+            self.evidence = picked.key, *gather(self.model, x, layers, len(self.classes))
+        _, evidence, logits = self.evidence
+        chosen = {name: evidence[name] for name in layers}
+        return map_evidence(self.model, method, chosen, logits, picked.pixels.shape[:2])
+    except (RuntimeError, ValueError): return explain(self.model, x, method, layers)  # it says why, layer by layer
 
 @patch
 def missing(self: Explorer, key: int, method: str, layers: Sequence[str]) -> tuple[str, ...]: # of `Picked`
@@ -589,7 +642,7 @@ class Work(Thread):
         "Raise `Stopped` if it has been asked to end."
         if self.unwanted.is_set(): raise Stopped()
 
-# %% ../nbs/10_panel.ipynb #406406d4
+# %% ../nbs/10_panel.ipynb #a4e2e843
 _CSS = '''<style>
 .eva9 { background: #fff; color: #111; padding: 8px;
   --jp-widgets-label-color: #111; --jp-widgets-readout-color: #111; --jp-widgets-color: #111;
@@ -602,7 +655,8 @@ _CSS = '''<style>
 .eva9 .eva9-grid .widget-radio { position: absolute; top: 0; left: 0; width: 380px; }
 .eva9 .eva9-grid .widget-radio-box { display: grid; grid-template-columns: repeat(5, 76px); margin: 0 !important; }
 .eva9 .eva9-grid label { position: relative; box-sizing: border-box; width: 76px; height: 110px; margin: 0;
-  cursor: pointer; padding: 66px 1px 0; overflow: hidden; font-size: 10.5px; line-height: 14px; text-align: center; white-space: pre; }
+  cursor: pointer; padding: 66px 1px 0; overflow: hidden; font-size: 10.5px; line-height: 14px; text-align: center;
+  white-space: pre; }
 .eva9 .eva9-grid input { position: absolute; top: 0; left: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
   cursor: pointer; }
 .eva9 .eva9-grid label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; font-weight: bold; }
@@ -654,14 +708,14 @@ def _map_controls(view, stages):
         'cmap': _dropdown('Colour map', view.cmap, ['inferno', 'viridis', 'cividis', 'magma', 'gray']),
         'cells': _dropdown('Drawn', view.cells, [('smooth', False), ('as cells', True)])}
 
-# %% ../nbs/10_panel.ipynb #99f980ba
+# %% ../nbs/10_panel.ipynb #3bd2f6ac
 class HeatmapPanel:
     """Browse images and the heatmaps that explain what the model made of them.
 
-    Nothing given: the library's model on CIFAR-10 if that is here, else the newest `eva9_train --data shapes` in a folder
-    of this one, else `FileNotFoundError` says what to run. A set that is not classified yet is classified in the
-    background, once: the logits are kept in the user's cache folder. What is wrong with an image, a filter or a layer is
-    said in the panel, which stays usable; arguments that do not fit each other raise `ValueError`."""
+    Nothing given: the library's model on CIFAR-10 if that is here, else the newest `eva9_train --data shapes` in a
+    folder of this one, else `FileNotFoundError` says what to run. A set that is not classified yet is classified in the
+    background, once: the logits are kept in the user's cache folder. What is wrong with an image, a filter or a layer
+    is said in the panel, which stays usable; arguments that do not fit each other raise `ValueError`."""
     def __init__(self,
                  model: nn.Module | None = None,          # an image classifier; None: the library's own
                  images: ImageSet | None = None,          # to browse
@@ -856,7 +910,7 @@ def _set_options(radio, options):
     if tuple(options) != radio.options:
         with radio.hold_sync(): radio.index, radio.options = None, options
 
-# %% ../nbs/10_panel.ipynb #1882f3fc
+# %% ../nbs/10_panel.ipynb #40775783
 @patch
 def _draw_page(self: HeatmapPanel, page):
     "Messages, pictures and captions."
@@ -879,8 +933,8 @@ def _draw_controls(self: HeatmapPanel, picked):
 
 def _bars_css(where, shares):
     "Bars behind the classes, which follow two labels of another kind."
-    bars = [f'{where} label:nth-child({i + 3}) {{background: linear-gradient(90deg, #BFDDF0 {x:.1%}, transparent {x:.1%})}}'
-            for i, x in enumerate(shares)]
+    bar = '{} label:nth-child({}) {{background: linear-gradient(90deg, #BFDDF0 {:.1%}, transparent {:.1%})}}'
+    bars = [bar.format(where, i, share, share) for i, share in enumerate(shares, 3)]
     return f'<style>{" ".join(bars)}</style>'
 
 def _shares(picked):
@@ -966,7 +1020,7 @@ def _offer(self: HeatmapPanel):
     data = b64encode(view_png(page)).decode()
     self.saved.value = f'<a download="{escape(name)}" href="data:image/png;base64,{data}">Download {escape(name)}</a>'
 
-# %% ../nbs/10_panel.ipynb #d648cb0e
+# %% ../nbs/10_panel.ipynb #a57aaa8b
 class Snapshot(str):
     "HTML that a notebook shows and a file can hold."
     def _repr_html_(self) -> str: return str(self)
@@ -978,7 +1032,8 @@ def snapshot(self: HeatmapPanel) -> Snapshot:
     head = ''.join(f'<p style="margin:0 0 8px">{escape(text)}</p>' for text in (page.message, page.title) if text)
     pictures = ''.join(
         f'<div style="width:192px"><img style="width:192px;image-rendering:pixelated" '
-        f'alt="{escape(caption).replace(chr(10), ", ")}" src="data:image/png;base64,{b64encode(picture).decode()}">{lines_html(caption)}</div>'
+        f'alt="{escape(caption).replace(chr(10), ", ")}" '
+        f'src="data:image/png;base64,{b64encode(picture).decode()}">{lines_html(caption)}</div>'
         for picture, caption in page.pictures)
     row = f'<div style="display:flex;flex-wrap:wrap;gap:12px;margin-bottom:12px">{pictures}</div>'
     bars = probability_bars(page.picked.logits, self.explorer.classes, page.explained) if page.picked else ''
