@@ -154,7 +154,7 @@ def browser(images_limit, actions):
             page = chromium.new_page(viewport={'width': 1500, 'height': 1100})
             page.goto(address, timeout=120_000)
             page.locator('.eva9-pictures img').nth(3).wait_for(timeout=120_000)
-            page.get_by_label('Classifying').wait_for(state='hidden', timeout=120_000)
+            page.locator('.eva9-grid label', has_text='%').first.wait_for(timeout=120_000)  # classified
             return show([row('click to new pixels', [clicked(page, i) for i in range(actions)])])
         finally:
             server.terminate()

@@ -642,7 +642,7 @@ class Work(Thread):
         "Raise `Stopped` if it has been asked to end."
         if self.unwanted.is_set(): raise Stopped()
 
-# %% ../nbs/10_panel.ipynb #a4e2e843
+# %% ../nbs/10_panel.ipynb #9bcb9d91
 _CSS = '''<style>
 .eva9 { background: #fff; color: #111; padding: 8px;
   --jp-widgets-label-color: #111; --jp-widgets-readout-color: #111; --jp-widgets-color: #111;
@@ -652,7 +652,7 @@ _CSS = '''<style>
 .eva9 :focus-visible { outline: 3px solid #D55E00; }
 .eva9 .eva9-grid { position: relative; width: 380px; flex: none; overflow: hidden; }
 .eva9 .eva9-grid > * { margin: 0 !important; }
-.eva9 .eva9-grid .widget-radio { position: absolute; top: 0; left: 0; width: 380px; }
+.eva9 .eva9-grid .widget-radio { position: absolute; top: 0; left: 0; }
 .eva9 .eva9-grid .widget-radio-box { display: grid; grid-template-columns: repeat(5, 76px); margin: 0 !important; }
 .eva9 .eva9-grid label { position: relative; box-sizing: border-box; width: 76px; height: 110px; margin: 0;
   cursor: pointer; padding: 66px 1px 0; overflow: hidden; font-size: 10.5px; line-height: 14px; text-align: center;
@@ -661,7 +661,6 @@ _CSS = '''<style>
   cursor: pointer; }
 .eva9 .eva9-grid label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; font-weight: bold; }
 .eva9 .eva9-grid label:has(:focus-visible) { outline: 3px dashed #D55E00; outline-offset: -3px; }
-.eva9 .eva9-classes { width: 280px; max-height: 420px; overflow: auto; }
 .eva9 .eva9-classes label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer; }
 .eva9 .eva9-classes label:has(:checked) { font-weight: bold; }
 </style>'''
@@ -669,17 +668,17 @@ _CSS = '''<style>
 def _dropdown(label, value, options):
     return widgets.Dropdown(description=label, options=options, value=value, style={'description_width': '110px'})
 
-def _slider(label):
-    "A slider over the whole numbers from 1; arrow keys move it."
-    return widgets.IntSlider(1, 1, 2, description=label, continuous_update=False, style={'description_width': '50px'})
+def _number(label):
+    "A number from 1; arrow keys change it."
+    return widgets.BoundedIntText(1, 1, 1, description=label, style={'description_width': '50px'}, layout={'width': '150px'})
 
-def _set_slider(slider, value, count):
-    "Value and end in one message. A slider over one number would have no length, so there it is off."
-    with slider.hold_sync():
-        slider.value, slider.max = min(value, slider.max), max(2, count)
-        slider.value, slider.disabled = value, count < 2
+def _set_number(number, value, count):
+    "The value, and how far it can go, in one message."
+    with number.hold_sync():
+        number.max = max(number.max, value)
+        number.value, number.max = value, max(1, count)
 
-# %% ../nbs/10_panel.ipynb #907c01d6
+# %% ../nbs/10_panel.ipynb #37c76225
 def _list_controls(view, classes):
     "A control for each field of `View` that makes the list of images, and for the place in it."
     names = [('any', 'any'), *((name, k) for k, name in enumerate(classes))]
@@ -688,10 +687,10 @@ def _list_controls(view, classes):
         'true': _dropdown('True class', view.true, names),
         'predicted': _dropdown('Predicted class', view.predicted, names),
         'confidence': widgets.FloatRangeSlider(
-            value=view.confidence, min=0, max=1, step=0.01, description='Confidence', readout_format='.0%',
-            continuous_update=False, style={'description_width': '110px'}),
+            value=view.confidence, min=0, max=1, step=0.01, description='Confidence', continuous_update=False,
+            style={'description_width': '110px'}),
         'order': _dropdown('Order', view.order, list(ORDERS)),
-        'place': _slider('Image')}
+        'place': _number('Image')}
 
 def _map_controls(view, stages):
     "A control for each field of `View` that makes the heatmaps; for the layers a box each."
@@ -699,11 +698,11 @@ def _map_controls(view, stages):
     return {
         'own': widgets.FileUpload(accept='.png,.jpg,.jpeg,.webp', description='Open an image', icon='',
                                   layout={'width': 'auto'}),
-        'explain': widgets.RadioButtons(options=(), layout={'width': 'auto'}),
+        'explain': widgets.RadioButtons(options=(), layout={'width': '280px', 'max_height': '420px', 'overflow': 'auto'}),
         'difference': box('Predicted minus true', view.difference),
         'method': _dropdown('Method', view.method, list(METHODS)),
         'layers': {name: box(f'{name} ({h} x {w})', name in view.layers) for name, (_, h, w) in stages.items()},
-        'alpha': widgets.FloatSlider(view.alpha, min=0, max=1, step=0.05, description='Opacity', readout_format='.0%',
+        'alpha': widgets.FloatSlider(view.alpha, min=0, max=1, step=0.05, description='Opacity',
                                      style={'description_width': '110px'}),
         'cmap': _dropdown('Colour map', view.cmap, ['inferno', 'viridis', 'cividis', 'magma', 'gray']),
         'cells': _dropdown('Drawn', view.cells, [('smooth', False), ('as cells', True)])}
@@ -768,21 +767,22 @@ def _classify(self: HeatmapPanel, work):
         self.view = replace(self.view, place=1, show=show)
         self._draw()
 
-# %% ../nbs/10_panel.ipynb #cd176247
+# %% ../nbs/10_panel.ipynb #3951ae94
 @patch
 def _build(self: HeatmapPanel):
     "The widgets: controls, and places for what a `Page` holds."
     e, labels = self.explorer, ('Previous page', 'Next page', 'Save view as PNG', 'Cancel')
     self.controls = _list_controls(self.view, e.classes) | _map_controls(self.view, e.stages)
-    self.page_slider, self.thumbs = _slider('Page'), widgets.RadioButtons(options=(), layout={'width': 'auto'})
+    width = f'{COLUMNS * CELL[0]}px'
+    self.page_number, self.thumbs = _number('Page'), widgets.RadioButtons(options=(), layout={'width': width})
     self.previous, self.next, self.save, self.cancel = (
         widgets.Button(description=text, layout={'width': 'auto'}) for text in labels)
     self.count, self.message, self.title, self.saved, self.bars = (widgets.HTML() for _ in range(5))
     self.progress = widgets.IntProgress(0, 0, len(e.images), description='Classifying', layout={'display': 'none'})
     self.passes = widgets.IntProgress(0, layout={'display': 'none'})
-    self.sprite = widgets.Image(format='png', layout={'width': f'{COLUMNS * CELL[0]}px'})
-    self.pictures = [widgets.VBox([widgets.Image(format='png', layout={'width': '192px'}), widgets.HTML()])
-                     for _ in range(1 + len(e.stages))]
+    self.sprite = widgets.Image(format='png', layout={'width': width})
+    self.pictures = [widgets.VBox([widgets.Image(format='png', layout={'width': '192px'}), widgets.HTML()],
+                                  layout={'width': '204px'}) for _ in range(1 + len(e.stages))]
     self._connect()
     self._arrange()
 
@@ -794,8 +794,8 @@ def _arrange(self: HeatmapPanel):
     c = self.controls
     filters = widgets.HBox([c[name] for name in ('show', 'true', 'predicted', 'confidence', 'order')], layout=_WRAPPED)
     grid = widgets.Box([self.sprite, self.thumbs])
-    paging = widgets.HBox([self.previous, self.next, self.count])
-    left = widgets.VBox([paging, self.page_slider, c['place'], grid], layout={'flex': 'none'})
+    paging, places = widgets.HBox([self.previous, self.next, self.count]), widgets.HBox([self.page_number, c['place']])
+    left = widgets.VBox([paging, places, grid], layout={'flex': 'none'})
     body = widgets.HBox([left, self._arrange_image()], layout=_WRAPPED)
     self.widget = widgets.VBox([widgets.HTML(_CSS), self.bars, filters, body])
     names = [(self.widget, 'eva9'), (self.widget, f'eva9-{self.widget.model_id}'), (grid, 'eva9-grid'),
@@ -811,9 +811,9 @@ def _arrange_image(self: HeatmapPanel):
     files = widgets.HBox([c['own'], self.save, self.saved], layout=_WRAPPED)
     made = [c[name] for name in ('method', 'alpha', 'cmap', 'cells', 'difference')]
     below = widgets.HBox([c['explain'], widgets.VBox([*made, layers, files])], layout=_WRAPPED)
-    return widgets.VBox([self.message, working, self.title, self.row, below])
+    return widgets.VBox([self.message, working, self.title, self.row, below], layout={'flex': '1 1 0', 'min_width': '420px'})
 
-# %% ../nbs/10_panel.ipynb #635442f4
+# %% ../nbs/10_panel.ipynb #8b85f873
 @patch
 def _connect(self: HeatmapPanel):
     "Every control into the view."
@@ -823,9 +823,9 @@ def _connect(self: HeatmapPanel):
     def chosen(_): self._choose(layers=tuple(name for name, box in boxes.items() if box.value))
     for box in boxes.values(): box.observe(chosen, 'value')
     self._observe(self.thumbs, 'place')
-    self.page_slider.observe(lambda change: self._turn_to(change['new']), 'value')
-    self.previous.on_click(lambda _: self._turn_to(self.page_slider.value - 1))
-    self.next.on_click(lambda _: self._turn_to(self.page_slider.value + 1))
+    self.page_number.observe(lambda change: self._turn_to(change['new']), 'value')
+    self.previous.on_click(lambda _: self._turn_to(self.page_number.value - 1))
+    self.next.on_click(lambda _: self._turn_to(self.page_number.value + 1))
     self.controls['own'].observe(lambda change: self._receive(change['new']), 'value')
     self.save.on_click(lambda _: self._offer())
     self.cancel.on_click(lambda _: self._press())
@@ -868,7 +868,7 @@ def _receive(self: HeatmapPanel, files):
                 self._draw()
     if files: self.controls['own'].value = ()  # so that the same file can be opened again
 
-# %% ../nbs/10_panel.ipynb #8f582e91
+# %% ../nbs/10_panel.ipynb #5c22082c
 @patch
 def _draw(self: HeatmapPanel):
     "The view onto the screen. What the controls say meanwhile is not a person's choice."
@@ -895,8 +895,8 @@ def _draw_list(self: HeatmapPanel):
     listed = select(self.view, e.table)
     place, first = self.view.place, (self.view.place - 1) // size * size
     self.count.value = f'{len(listed):,} images'
-    _set_slider(self.controls['place'], place, len(listed))
-    _set_slider(self.page_slider, first // size + 1, -(-len(listed) // size))
+    _set_number(self.controls['place'], place, len(listed))
+    _set_number(self.page_number, first // size + 1, -(-len(listed) // size))
     shown = listed[first:first + size]
     if self.on_grid is None or self.on_grid[0] is not e.table or not np.array_equal(self.on_grid[1], shown):
         self.on_grid = e.table, shown

@@ -189,14 +189,14 @@ def test_what_only_looks_different_needs_no_pass_through_the_network(panel, mode
 def test_thumbnails_are_the_page_of_the_list(panel):
     choose(panel, show='all', order='as in the set')
     panel.next.click()
-    assert panel.view.place == 26 and panel.page_slider.value == 2 and panel.thumbs.value == 26
+    assert panel.view.place == 26 and panel.page_number.value == 2 and panel.thumbs.value == 26
     page = decode(panel.sprite.value)
     assert page.shape == (5 * 110, 5 * 76, 3)
     for cell, index in [(0, 25), (7, 32), (24, 49)]:
         y, x = 110 * (cell // 5), 76 * (cell % 5) + 6
         assert (page[y:y + 64:2, x:x + 64:2] == IMAGES.images[index]).all()
         assert panel.thumbs.options[cell][0].startswith(f'#{index}\n')
-    panel.page_slider.value = 3
+    panel.page_number.value = 3
     assert len(panel.thumbs.options) == 10 and panel.view.place == 51
     panel.next.click()
     assert panel.view.place == 51
