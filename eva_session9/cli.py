@@ -322,11 +322,12 @@ def _trained_on(weights):
     if not found: raise ValueError(f'{card} does not say what the model was trained on; give --data')
     return found[1]
 
-# %% ../nbs/11_cli.ipynb #03388058
+# %% ../nbs/11_cli.ipynb #f1137ba0
 def _voila():
     "The server, which comes with the extra `app`."
     try: from voila.app import Voila
-    except ImportError: raise ValueError("the page is served by Voila, which is not installed: pip install 'voila>=0.5.13,<0.6'") from None
+    except ImportError:
+        raise ValueError("the page is served by Voila, which is not installed: pip install 'voila>=0.5.13,<0.6'") from None
     return Voila
 
 def _free_port(port):
@@ -345,7 +346,8 @@ def _write_page(folder, **options):
     cell = {'cell_type': 'code', 'id': 'panel', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': code}
     kernel = {'name': 'python3', 'language': 'python', 'display_name': 'Python 3'}
     page = folder/'heatmaps.ipynb'
-    page.write_text(json.dumps({'cells': [cell], 'metadata': {'kernelspec': kernel}, 'nbformat': 4, 'nbformat_minor': 5}))
+    notebook = {'cells': [cell], 'metadata': {'kernelspec': kernel}, 'nbformat': 4, 'nbformat_minor': 5}
+    page.write_text(json.dumps(notebook))
     return page
 
 def _panel(data, root, weights, limit):

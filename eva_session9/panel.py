@@ -13,7 +13,7 @@ __all__ = ['ORDERS', 'THUMB', 'CELL', 'COLUMNS', 'ROWS', 'View', 'changed', 'Tab
            'Explorer', 'nothing', 'newest_run', 'default_source', 'default_model_and_images', 'Work', 'HeatmapPanel',
            'view_png', 'Snapshot']
 
-# %% ../nbs/10_panel.ipynb #0d6f3305
+# %% ../nbs/10_panel.ipynb #356c42a5
 import json
 import re
 from base64 import b64encode
@@ -26,6 +26,7 @@ from html import escape
 from inspect import signature
 from io import BytesIO
 from pathlib import Path
+from string import Template
 from textwrap import fill
 from threading import Event, Lock, RLock, Thread, get_ident
 
@@ -466,7 +467,7 @@ class Explorer:
         strange = [name for name in self.images.classes if name not in self.classes]
         return f'The model has no class {", ".join(strange)}; images of it count as wrong. ' if strange else ''
 
-# %% ../nbs/10_panel.ipynb #33a065a5
+# %% ../nbs/10_panel.ipynb #76ab4faf
 def _statistics(model, mean, std):
     "Mean and std as given, or as the model's card has them."
     card = getattr(unwrap(model), 'card', {})
@@ -489,7 +490,7 @@ def _probe(self: Explorer):
     "Logits of the first image, the layers to offer, and why there are none."
     h, w = self.images.images.shape[1:3]
     try: logits, stages = probe(self.model, self.input(self.images.images[0]))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the model raises
         return None, {}, f'The model cannot take images of {h} x {w} pixels: {error}'
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         return None, {}, f'The model gives {getattr(logits, "shape", type(logits).__name__)}, expected logits (N, K).'
@@ -564,7 +565,7 @@ def missing(self: Explorer, key: int, method: str, layers: Sequence[str]) -> tup
     "The layers of which no heatmaps are kept."
     return tuple(name for name in layers if (key, method, name) not in self.made)
 
-# %% ../nbs/10_panel.ipynb #33c1bb4d
+# %% ../nbs/10_panel.ipynb #dd1d555c
 @patch
 def page(self: Explorer, view: View) -> Page:
     "What the view shows. Heatmaps that take many passes are shown if they are kept, and otherwise not made here."
@@ -590,7 +591,7 @@ def request(self: Explorer, view: View, picked: Picked | None) -> tuple | None:
 
 def nothing(view: View, classes: Sequence[str]) -> str:
     "The sentence for a view that lists no image."
-    what = {'wrong': 'misclassified image', 'right': 'image that is right', 'all': 'image'}[view.show]
+    what = {'wrong': 'misclassified image', 'right': 'rightly classified image', 'all': 'image'}[view.show]
     asked = [f'of class {classes[view.true]}'] if view.true != 'any' else []
     if view.predicted != 'any': asked.append(f'taken for {classes[view.predicted]}')
     if view.confidence != (0, 1): asked.append('with a confidence of {:.0%} to {:.0%}'.format(*view.confidence))
@@ -642,35 +643,37 @@ class Work(Thread):
         "Raise `Stopped` if it has been asked to end."
         if self.unwanted.is_set(): raise Stopped()
 
-# %% ../nbs/10_panel.ipynb #9bcb9d91
-_CSS = '''<style>
+# %% ../nbs/10_panel.ipynb #390a2f9d
+_CSS = Template('''<style>
 .eva9 { background: #fff; color: #111; padding: 8px;
   --jp-widgets-label-color: #111; --jp-widgets-readout-color: #111; --jp-widgets-color: #111;
   --jp-widgets-input-color: #111; --jp-widgets-input-background-color: #fff; --jp-widgets-input-border-color: #767676;
   --jp-ui-font-color1: #111; --jp-layout-color1: #fff; --jp-layout-color2: #e8e8e8; --jp-layout-color3: #ccc; }
 .eva9 img { image-rendering: pixelated; }
 .eva9 :focus-visible { outline: 3px solid #D55E00; }
-.eva9 .eva9-grid { position: relative; width: 380px; flex: none; overflow: hidden; }
+.eva9 .eva9-grid { position: relative; width: ${page}px; flex: none; overflow: hidden; }
 .eva9 .eva9-grid > * { margin: 0 !important; }
 .eva9 .eva9-grid .widget-radio { position: absolute; top: 0; left: 0; }
-.eva9 .eva9-grid .widget-radio-box { display: grid; grid-template-columns: repeat(5, 76px); margin: 0 !important; }
-.eva9 .eva9-grid label { position: relative; box-sizing: border-box; width: 76px; height: 110px; margin: 0;
-  cursor: pointer; padding: 66px 1px 0; overflow: hidden; font-size: 10.5px; line-height: 14px; text-align: center;
-  white-space: pre; }
+.eva9 .eva9-grid .widget-radio-box { display: grid; margin: 0 !important;
+  grid-template-columns: repeat($columns, ${cell}px); }
+.eva9 .eva9-grid label { position: relative; box-sizing: border-box; width: ${cell}px; height: ${row}px; margin: 0;
+  cursor: pointer; padding: ${below}px 1px 0; overflow: hidden; font-size: 10.5px; line-height: 14px;
+  text-align: center; white-space: pre; }
 .eva9 .eva9-grid input { position: absolute; top: 0; left: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
   cursor: pointer; }
 .eva9 .eva9-grid label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; font-weight: bold; }
 .eva9 .eva9-grid label:has(:focus-visible) { outline: 3px dashed #D55E00; outline-offset: -3px; }
 .eva9 .eva9-classes label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer; }
 .eva9 .eva9-classes label:has(:checked) { font-weight: bold; }
-</style>'''
+</style>''').substitute(cell=CELL[0], row=CELL[1], below=THUMB + 2, columns=COLUMNS, page=COLUMNS * CELL[0])
 
 def _dropdown(label, value, options):
     return widgets.Dropdown(description=label, options=options, value=value, style={'description_width': '110px'})
 
 def _number(label):
     "A number from 1; arrow keys change it."
-    return widgets.BoundedIntText(1, 1, 1, description=label, style={'description_width': '50px'}, layout={'width': '150px'})
+    return widgets.BoundedIntText(
+        1, 1, 1, description=label, style={'description_width': '50px'}, layout={'width': '150px'})
 
 def _set_number(number, value, count):
     "The value, and how far it can go, in one message."
@@ -678,7 +681,7 @@ def _set_number(number, value, count):
         number.max = max(number.max, value)
         number.value, number.max = value, max(1, count)
 
-# %% ../nbs/10_panel.ipynb #37c76225
+# %% ../nbs/10_panel.ipynb #067e77f9
 def _list_controls(view, classes):
     "A control for each field of `View` that makes the list of images, and for the place in it."
     names = [('any', 'any'), *((name, k) for k, name in enumerate(classes))]
@@ -698,7 +701,8 @@ def _map_controls(view, stages):
     return {
         'own': widgets.FileUpload(accept='.png,.jpg,.jpeg,.webp', description='Open an image', icon='',
                                   layout={'width': 'auto'}),
-        'explain': widgets.RadioButtons(options=(), layout={'width': '280px', 'max_height': '420px', 'overflow': 'auto'}),
+        'explain': widgets.RadioButtons(
+            options=(), layout={'width': '280px', 'max_height': '420px', 'overflow': 'auto'}),
         'difference': box('Predicted minus true', view.difference),
         'method': _dropdown('Method', view.method, list(METHODS)),
         'layers': {name: box(f'{name} ({h} x {w})', name in view.layers) for name, (_, h, w) in stages.items()},
@@ -732,7 +736,7 @@ class HeatmapPanel:
         self._draw()
         if self.classifying: self.classifying.start()
 
-# %% ../nbs/10_panel.ipynb #50107e90
+# %% ../nbs/10_panel.ipynb #00541582
 @patch
 def _classify_or_recall(self: HeatmapPanel):
     "Take the kept evaluation, or prepare to make one."
@@ -758,8 +762,9 @@ def _classify(self: HeatmapPanel, work):
     try:
         evaluation = classify(e.model, e.images, e.mean, e.std, report, e.lock)
         store_evaluation(self.file, evaluation)
-    except (RuntimeError, ValueError) as error: self.notice = f'The images could not be classified: {error}. '
     except CheckpointError as error: self.notice = f'The classification could not be kept: {error}. '
+    except Exception as error:  # whatever the model raises
+        self.notice = f'The images could not be classified: {error}. '
     with self.lock:
         e.adopt(evaluation)
         self.classifying = None
@@ -767,7 +772,7 @@ def _classify(self: HeatmapPanel, work):
         self.view = replace(self.view, place=1, show=show)
         self._draw()
 
-# %% ../nbs/10_panel.ipynb #3951ae94
+# %% ../nbs/10_panel.ipynb #5cf2cf05
 @patch
 def _build(self: HeatmapPanel):
     "The widgets: controls, and places for what a `Page` holds."
@@ -811,7 +816,8 @@ def _arrange_image(self: HeatmapPanel):
     files = widgets.HBox([c['own'], self.save, self.saved], layout=_WRAPPED)
     made = [c[name] for name in ('method', 'alpha', 'cmap', 'cells', 'difference')]
     below = widgets.HBox([c['explain'], widgets.VBox([*made, layers, files])], layout=_WRAPPED)
-    return widgets.VBox([self.message, working, self.title, self.row, below], layout={'flex': '1 1 0', 'min_width': '420px'})
+    parts, layout = [self.message, working, self.title, self.row, below], {'flex': '1 1 0', 'min_width': '420px'}
+    return widgets.VBox(parts, layout=layout)
 
 # %% ../nbs/10_panel.ipynb #8b85f873
 @patch
@@ -910,11 +916,12 @@ def _set_options(radio, options):
     if tuple(options) != radio.options:
         with radio.hold_sync(): radio.index, radio.options = None, options
 
-# %% ../nbs/10_panel.ipynb #40775783
+# %% ../nbs/10_panel.ipynb #01fa51a9
 @patch
 def _draw_page(self: HeatmapPanel, page):
     "Messages, pictures and captions."
-    self._say(self.notice + page.message)
+    waiting = 'The images are being classified; until then all are listed. ' if self.classifying else ''
+    self._say(self.notice + waiting + page.message)
     self.title.value, self.saved.value = escape(page.title), ''
     for box, (picture, caption) in zip(self.pictures, page.pictures):
         box.children[0].value, box.children[1].value = picture, lines_html(caption)

@@ -283,10 +283,11 @@ def test_an_unclassified_set_can_be_browsed_and_is_classified_once(model, cache)
     hook = model.register_forward_pre_hook(slow)
     panel = HeatmapPanel(model, IMAGES)
     assert panel.progress.layout.display is None and panel.count.value == '60 images'
+    assert 'are being classified' in said(panel)
     assert (on_screen(panel)[0] == IMAGES.images[0]).all()
     go_on.set()
     panel.wait()
-    assert panel.progress.layout.display == 'none' and panel.progress.value == 60
+    assert panel.progress.layout.display == 'none' and panel.progress.value == 60 and 'classified' not in said(panel)
     assert panel.explorer.pick(panel.view).key == evaluate(model).misclassified[0]
     hook.remove()
     assert len(list(cache.rglob('*.npy'))) == 1
@@ -504,6 +505,23 @@ def test_images_of_a_size_the_model_cannot_take_can_be_browsed(given):
     Image.fromarray(IMAGES.images[4]).save(buffer, 'PNG')
     upload(panel, 'mine.png', buffer.getvalue())
     assert 'cannot take images' in said(panel) and (on_screen(panel)[0] == IMAGES.images[4]).all()
+
+
+def test_whatever_a_model_raises_is_said():
+    class Picky(nn.Module):
+        def forward(self, x): assert x.shape[-1] == 64, 'wrong image height'
+    panel = opened(Picky(), IMAGES, mean=MEAN, std=STD)
+    assert 'cannot take images of 32 x 32 pixels: wrong image height' in said(panel) and len(on_screen(panel)) == 1
+
+
+def test_a_model_that_fails_on_a_batch_is_said(model):
+    def fails(module, args):
+        if len(args[0]) > 1: raise IndexError('only one at a time')
+    model.register_forward_pre_hook(fails)
+    panel = opened(model, IMAGES)
+    assert 'could not be classified: only one at a time' in said(panel) and panel.progress.layout.display == 'none'
+    choose(panel, place=2)
+    assert panel.explorer.evaluation is None and (on_screen(panel)[0] == IMAGES.images[1]).all()
 
 
 def test_images_of_another_size_that_the_model_can_take(model):
