@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
 from .engine import Evaluation, forward
 from .gradcam import METHODS, Heatmaps, Status
-from .gradcam.cam import CAM, ForwardPass, gradients, unwrap
+from .gradcam.cam import CAM, ForwardPass, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
 from .visual import overlay
@@ -121,14 +121,6 @@ def select(view: View,   # `show`, `true`, `predicted`, `confidence` and `order`
     return listed[np.argsort(sign * getattr(table, column)[listed], kind='stable')]
 
 # %% ../nbs/10_panel.ipynb #0a58190e
-@contextmanager
-def _evaluating(model):
-    "Eval mode for the time of the `with`; then every module's own flag again."
-    flags = {module: module.training for module in model.modules()}
-    try: yield model.eval()
-    finally:
-        for module, flag in flags.items(): module.training = flag
-
 def probe(model: nn.Module, # an image classifier
           x: Tensor         # one image as the model takes it, (1, 3, H, W)
          ) -> tuple[Tensor, dict[str, tuple[int, int, int]]]:
@@ -139,7 +131,7 @@ def probe(model: nn.Module, # an image classifier
         if grid: stages[output.shape[2:]] = name, tuple(output.shape[1:])
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
     try:
-        with _evaluating(network), torch.inference_mode(): logits = network(x)
+        with evaluating(network), torch.inference_mode(): logits = network(x)
     finally:
         for hook in hooks: hook.remove()
     return logits, dict(stages.values())
@@ -282,7 +274,7 @@ def classify(model: nn.Module,                         # an image classifier
     "The logits of every image, as `engine.test` gives them, without a progress bar of its own."
     device, logits = _device(model), []
     for x, y in loader(images, test_transforms(mean, std), batch_size=100, shuffle=False):
-        with lock, _evaluating(unwrap(model)), torch.inference_mode():
+        with lock, evaluating(unwrap(model)), torch.inference_mode():
             logits.append(forward(model, x.to(device), 'fp32').cpu())
         if report: report(min(100 * len(logits), len(images)))
     return Evaluation(torch.cat(logits), torch.from_numpy(images.labels))
