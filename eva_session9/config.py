@@ -7,47 +7,77 @@ Docs: https://eva-session9.github.io/eva_session9/config.html.md"""
 # %% auto #0
 __all__ = ['Config', 'config_from', 'seed_everything', 'rng_state', 'set_rng_state', 'pick_device', 'hardware', 'versions']
 
-# %% ../nbs/00_config.ipynb #c4973c07
+# %% ../nbs/00_config.ipynb #dd9c1ec8
 import os, platform, random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 
 import numpy as np
 import torch
 
-# %% ../nbs/00_config.ipynb #f4f0e5ab
+# %% ../nbs/00_config.ipynb #3943eb63
 @dataclass(frozen=True)
 class Config:
     "The recipe of a training run. Immutable; impossible values raise `ValueError`."
     architecture: str = 'resnet18'  # name of a constructor in `models.resnet`
     epochs: int = 20                # passes over the training set
     batch_size: int = 32            # images per step
-    lr: float = 0.01                # learning rate of the first epoch
+    lr: float = 0.01                # learning rate of the first epoch; with `warmup` the highest
     momentum: float = 0.9           # of SGD, in [0, 1)
     weight_decay: float = 0.0       # L2 penalty of SGD
     step_size: int = 6              # epochs between two drops of the learning rate
     gamma: float = 0.1              # factor of each drop, in (0, 1]
-    rotate: float = 15.0            # largest rotation, degrees either way
+    rotate: float = 15.0            # largest rotation, degrees either way; 0: none
     rotate_p: float = 0.5           # probability of a rotation
     flip_p: float = 0.5             # probability of a horizontal flip
-    cutout: int = 16                # side of the square hole, pixels
+    cutout: int = 16                # side of the square hole, pixels; 0: none
     cutout_p: float = 0.3           # probability of a hole
     precision: str = 'auto'         # 'fp32', 'bf16', or 'auto': whichever is faster here
     seed: int = 42                  # of weights, order and augmentation
 
+    nesterov: bool = False          # Nesterov's form of momentum
+    muon_lr: float = 0.0            # highest learning rate of Muon on the convolutions; 0: SGD for all weights
+    warmup: float = 0.0             # share of the steps in which lr rises, to fall to 0 in the others; 0: `step_size` and `gamma`
+    label_smoothing: float = 0.0    # share of the target that is spread over all classes
+    lookahead: int = 0              # steps between two averagings of the weights; 0: none
+    zero_gamma: bool = False        # residual blocks begin as the identity
+    crop: int = 0                   # pixels of reflected border that a random crop may reach into; 0: no crop
+    alternating_flip: bool = False  # flip each image in every other epoch, whatever `flip_p` says
+    sizes: tuple = ()               # pixels a side that images are resized to, the epochs shared out in this order; (): as they are
+    batched: bool = False           # augment whole batches on the device
+    compile: bool = False           # on a GPU, fuse kernels and replay them as CUDA graphs
+
     def __post_init__(self):
         for field in fields(self): _check(field, getattr(self, field.name))
+        _check_together(self)
 
     @classmethod
     def session9(cls) -> 'Config':
         "The course project's recipe."
         return cls()
 
-# %% ../nbs/00_config.ipynb #0bc48777
+    @classmethod
+    def fast(cls) -> 'Config':
+        "As far as 20 epochs go, as fast as a GPU goes."
+        return cls(batch_size=512, lr=0.5, nesterov=True, weight_decay=1e-3, warmup=0.2, label_smoothing=0.1, lookahead=5,
+                   zero_gamma=True, rotate=0.0, cutout=0, crop=4, alternating_flip=True, batched=True, compile=True)
+
+    @classmethod
+    def laptop(cls) -> 'Config':
+        "A good model in minutes on a processor: few epochs, the first on small images."
+        return replace(cls.fast(), epochs=8, batch_size=256, lr=0.4, sizes=(16, 24, 32), compile=False)
+
+    def size(self, epoch: int # 0, 1, 2, ...
+            ) -> int | None: # pixels a side; None: as the images are
+        "The size that images are trained at in `epoch`: the epochs are shared out evenly, the first sizes taking what is left over."
+        return self.sizes[epoch * len(self.sizes) // self.epochs] if self.sizes else None
+
+# %% ../nbs/00_config.ipynb #8d722e25
 _LIMITS = {  # field: (smallest, largest)
     'epochs': (1, 10_000), 'batch_size': (1, 65_536), 'lr': (1e-12, 1e3), 'momentum': (0, 0.9999), 'weight_decay': (0, 10),
     'step_size': (1, 10_000), 'gamma': (1e-6, 1), 'rotate': (0, 180), 'rotate_p': (0, 1), 'flip_p': (0, 1),
-    'cutout': (0, 1024), 'cutout_p': (0, 1), 'seed': (0, 2**32 - 1)}
+    'cutout': (0, 1024), 'cutout_p': (0, 1), 'seed': (0, 2**32 - 1), 'muon_lr': (0, 1e3), 'warmup': (0, 0.9),
+    'label_smoothing': (0, 0.9), 'lookahead': (0, 10_000), 'crop': (0, 1024)}
 _CHOICES = {
     'precision': ('auto', 'fp32', 'bf16'),
     'architecture': ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')}
@@ -56,14 +86,23 @@ def _check(field, value):
     "Raise unless `value` has the type and the range of `field`."
     name = field.name
     allowed = (int, float) if field.type is float else field.type
-    if not isinstance(value, allowed) or isinstance(value, bool):
+    if not isinstance(value, allowed) or isinstance(value, bool) != (field.type is bool):
         raise TypeError(f'Config.{name}: found {value!r} ({type(value).__name__}), expected {field.type.__name__}')
     if name in _CHOICES and value not in _CHOICES[name]:
         raise ValueError(f"Config.{name}: found {value!r}, expected one of {', '.join(_CHOICES[name])}")
     if name in _LIMITS and not _LIMITS[name][0] <= value <= _LIMITS[name][1]:
         raise ValueError(f'Config.{name}: found {value}, expected {_LIMITS[name][0]} to {_LIMITS[name][1]}')
 
-# %% ../nbs/00_config.ipynb #4ebdcff9
+def _check_together(config):
+    "Raise unless the values fit each other."
+    if any(type(size) is not int or not 1 <= size <= 1024 for size in config.sizes):
+        raise ValueError(f'Config.sizes: found {config.sizes}, expected whole numbers of pixels from 1 to 1024')
+    if len(config.sizes) > config.epochs:
+        raise ValueError(f'Config.sizes: found {len(config.sizes)} sizes for {config.epochs} epochs, expected an epoch or more for '
+                         'each; train longer')
+    if config.nesterov and not config.momentum: raise ValueError("Config.nesterov: found momentum 0, expected more for Nesterov's form of it")
+
+# %% ../nbs/00_config.ipynb #54b88bd3
 def config_from(values: dict) -> Config: # field name -> value, as `dataclasses.asdict` gives them
     "The `Config` with these values. A name that is no field raises `ValueError` and names the closest one."
     names = [f.name for f in fields(Config)]
@@ -72,7 +111,7 @@ def config_from(values: dict) -> Config: # field name -> value, as `dataclasses.
         close = get_close_matches(name, names, n=1)
         hint = f'; did you mean {close[0]!r}?' if close else f"; the fields are {', '.join(names)}"
         raise ValueError(f'Config has no field {name!r}{hint}')
-    return Config(**values)
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 # %% ../nbs/00_config.ipynb #83c5e3c6
 def seed_everything(seed: int): # 0 to 2**32 - 1

@@ -6,16 +6,16 @@ Docs: https://eva-session9.github.io/eva_session9/engine.html.md"""
 
 # %% auto #0
 __all__ = ['train_step', 'forward', 'Scores', 'train', 'Evaluation', 'test', 'faster_precision', 'prepare', 'History',
-           'make_optimizer', 'fit']
+           'make_optimizer', 'triangle', 'Muon', 'orthogonal', 'Lookahead', 'zero_gamma', 'fit']
 
-# %% ../nbs/06_engine.ipynb #47b62ce3
+# %% ../nbs/06_engine.ipynb #cbdb2027
 import copy
 import json
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +25,17 @@ from tqdm.auto import tqdm
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
 from .save_load import checkpoints, load_checkpoint, save_checkpoint, write_atomically
 
-# %% ../nbs/06_engine.ipynb #35dba1d4
+# %% ../nbs/06_engine.ipynb #9b90e078
 def train_step(model: nn.Module,                 # in train mode
                x: Tensor,                        # images, float (B, 3, H, W)
                y: Tensor,                        # labels, int64 (B,)
                optimizer: torch.optim.Optimizer, # of the model's parameters
-               precision: str = 'fp32'           # 'fp32' or 'bf16'
+               precision: str = 'fp32',          # 'fp32' or 'bf16'
+               label_smoothing: float = 0.0      # share of the target that is spread over all classes
               ) -> tuple[Tensor, Tensor]:        # mean loss, and logits (B, K) before the step
     "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change."
     logits = forward(model, x, precision)
-    loss = F.cross_entropy(logits, y)
+    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if not loss.isfinite(): raise FloatingPointError(f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}')
@@ -50,7 +51,7 @@ def forward(model: nn.Module, # any classifier
     if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): return model(x).float()
 
-# %% ../nbs/06_engine.ipynb #5ecfd537
+# %% ../nbs/06_engine.ipynb #ecf84911
 class Scores(NamedTuple):
     "Means over images."
     loss: float     # cross-entropy, nats
@@ -60,30 +61,37 @@ def train(model: nn.Module,                 # on its device; put into train mode
           batches: Iterable,                # of (x, y)
           optimizer: torch.optim.Optimizer, # of the model's parameters
           precision: str = 'fp32',          # 'fp32' or 'bf16'
-          label: str = 'train'              # of the progress bar
+          label: str = 'train',             # of the progress bar
+          step: Callable = train_step       # what to do with a batch; called and answers as `train_step` does
          ) -> Scores:
-    "One pass over `batches` with a step for each."
+    "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try."
     device = next(model.parameters()).device
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for step, (x, y) in enumerate(progress := tqdm(batches, label, leave=False)):
+    for i, (x, y) in enumerate(progress := tqdm(batches, label, leave=False)):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        try: batch_loss, logits = train_step(model, x, y, optimizer, precision)
-        except FloatingPointError as error: raise FloatingPointError(_where(error, batches, step)) from error
+        try: batch_loss, logits = step(model, x, y, optimizer, precision)
+        except FloatingPointError as error: raise FloatingPointError(_where(error, batches, i)) from error
+        except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
         n += len(y)
         loss += batch_loss * len(y)
         correct += (logits.argmax(1) == y).sum()
-        if step % 50 == 0: progress.set_postfix(loss=f'{loss.item() / n:.3f}', accuracy=f'{correct.item() / n:.2%}')
+        if i % 50 == 0: progress.set_postfix(loss=f'{loss.item() / n:.3f}', accuracy=f'{correct.item() / n:.2%}')
     if not n: raise ValueError(_NO_BATCHES)
     return Scores(loss.item() / n, correct.item() / n)
 
-# %% ../nbs/06_engine.ipynb #ed56f76e
+# %% ../nbs/06_engine.ipynb #d7ab70c0
 _NO_BATCHES = 'there are no batches to train on; the set is empty, or smaller than one batch with drop_last'
 
 def _where(error, batches, step):
     "The error's message with the step, and the images of its batch where the loader knows them."
     images = f', images {batches.indices(step)}' if hasattr(batches, 'indices') else ''
     return f'{error}, step {step}{images}; lower the learning rate or look at these images'
+
+def _too_large(device, batch_size):
+    "What to say when the memory of `device` cannot hold a step."
+    if batch_size == 1: return f'one image is too many for the memory of {device}; use a smaller network or smaller images'
+    return f'a batch of {batch_size} images does not fit into the memory of {device}; try batch_size={batch_size // 2}'
 
 # %% ../nbs/06_engine.ipynb #1fae09bc
 @dataclass(frozen=True)
@@ -192,15 +200,111 @@ class History:
         "The record that `to_dict` gave."
         return cls(config_from(d['config']), d['hardware'], d['versions'], d['history'], d['precision'], d['command'], d['weights_sha256'])
 
-# %% ../nbs/06_engine.ipynb #9b1e0953
+# %% ../nbs/06_engine.ipynb #6aa9a47f
 def make_optimizer(model: nn.Module, # its parameters are optimised
-                   config: Config    # lr, momentum, weight_decay, step_size, gamma
-                  ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.StepLR]:
-    "The recipe's SGD and its schedule, to be stepped once an epoch."
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
+                   config: Config,   # lr, momentum, weight_decay, nesterov, muon_lr; warmup, or step_size and gamma
+                   steps: int = 1    # an epoch
+                  ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LRScheduler]:
+    "The recipe's optimizer and its schedule, to be stepped once an epoch, or with `warmup` once a step."
+    options = {'lr': config.lr, 'momentum': config.momentum, 'weight_decay': config.weight_decay, 'nesterov': config.nesterov}
+    optimizer = Muon(model, config.muon_lr, **options) if config.muon_lr else torch.optim.SGD(model.parameters(), **options)
+    if not config.warmup: return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step / (steps * config.epochs), config.warmup))
 
-# %% ../nbs/06_engine.ipynb #57810949
+def triangle(done: float,  # share of the steps that are done, in [0, 1]
+             warmup: float # share of them in which the learning rate rises, in (0, 1)
+            ) -> float:    # factor of the highest learning rate
+    "Linear from a fifth to one, then linear to zero."
+    return 0.2 + 0.8 * done / warmup if done < warmup else (1 - done) / (1 - warmup)
+
+# %% ../nbs/06_engine.ipynb #50e891e1
+class Muon(torch.optim.SGD):
+    """SGD with orthogonalised steps for the filters of all convolutions but the first, whose norms are kept at sqrt(filters).
+
+    Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
+    def __init__(self,
+                 model: nn.Module, # its parameters are optimised
+                 muon_lr: float,   # learning rate of the filters
+                 **options):       # of SGD, for the others
+        filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]
+        chosen = {id(p) for p in filters}
+        others = [p for p in model.parameters() if id(p) not in chosen]
+        plain = {'lr': muon_lr, 'momentum': 0.0, 'weight_decay': 0.0, 'nesterov': False, 'muon': True}
+        super().__init__([{'params': others, 'muon': False}, {'params': filters, **plain}], **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        filters = [p for group in self.param_groups if group['muon'] for p in group['params'] if p.grad is not None]
+        for p in filters:
+            if 'muon' not in self.state[p]: self.state[p]['muon'] = torch.zeros_like(p)
+            average = self.state[p]['muon'].mul_(0.6).add_(p.grad)
+            p.grad = orthogonal(p.grad.add(average, alpha=0.6).flatten(1)).view_as(p)
+            p.mul_(len(p)**0.5 / p.norm())
+        return super().step(closure)
+
+# %% ../nbs/06_engine.ipynb #397703c4
+def orthogonal(matrix: Tensor, # (M, N)
+               steps: int = 3  # of the iteration
+              ) -> Tensor:     # (M, N), in the type of the matrix; its singular values are about one
+    "The nearest matrix with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order in bfloat16."
+    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    if len(matrix) > matrix.shape[1]: x = x.T
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+# %% ../nbs/06_engine.ipynb #281f59e2
+class Lookahead:
+    """Slow weights that the network is put back to every few steps, and that it ends as.
+
+    Source: [Zhang et al. 2019](https://arxiv.org/abs/1907.08610); the schedule of [Jordan 2024](https://arxiv.org/abs/2404.00498)."""
+    def __init__(self,
+                 model: nn.Module, # is changed in place
+                 every: int,       # steps between two averagings
+                 steps: int):      # of the whole run
+        self.model, self.every, self.steps, self.done = model, every, steps, 0
+        self.slow = {name: value.clone() for name, value in self._fast().items()}
+
+    def _fast(self): return {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
+
+    @torch.no_grad()
+    def step(self):
+        "To be called after each step of the optimizer."
+        self.done += 1
+        if self.done % self.every and self.done != self.steps: return
+        stay = 0.95**self.every * (self.done / self.steps)**3 if self.done % self.every == 0 else 1.0
+        for name, fast in self._fast().items():
+            self.slow[name].lerp_(fast, 1 - stay)
+            fast.copy_(self.slow[name])
+
+    def state_dict(self): return {'slow': self.slow, 'done': self.done}
+
+    def load_state_dict(self, state):
+        self.done = state['done']
+        for name, value in self.slow.items(): value.copy_(state['slow'][name])
+
+# %% ../nbs/06_engine.ipynb #b5e168c8
+def zero_gamma(model: nn.Module # changed in place
+              ) -> nn.Module:
+    """Set the scale of the last batch normalisation of each fresh residual block to zero.
+
+    Source: [Goyal et al. 2017](https://arxiv.org/abs/1706.02677), section 5.1."""
+    for block in model.modules():
+        if not hasattr(block, 'shortcut'): continue
+        last = [layer for layer in block.children() if isinstance(layer, nn.BatchNorm2d)][-1]
+        if (last.weight == 1).all(): nn.init.zeros_(last.weight)
+    return model
+
+# %% ../nbs/06_engine.ipynb #a71a9cf8
+def _parts(model, config, steps):
+    "What a run changes, by name, on the model's device."
+    optimizer, schedule = make_optimizer(model, config, steps)
+    parts = {'model': zero_gamma(model) if config.zero_gamma else model, 'optimizer': optimizer, 'schedule': schedule}
+    if config.lookahead: parts['average'] = Lookahead(model, config.lookahead, steps * config.epochs)
+    return parts
+
+# %% ../nbs/06_engine.ipynb #ab870fb4
 def fit(model: nn.Module,                     # trained in place, and moved to the device
         train_batches: Iterable,              # of (x, y), re-iterable; `set_epoch` is called where there is one
         test_batches: Iterable | None = None, # of (x, y); tested after each epoch
@@ -211,34 +315,69 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
        ) -> History:
     """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut.
 
-    That holds on the same machine, for batches that depend on nothing but `set_epoch` and torch's global generators."""
-    if iter(train_batches) is train_batches: raise ValueError('the training batches can be read only once; pass a list or a loader')
+    That holds on the same machine, for batches that depend on nothing but `set_epoch` and torch's global generators. A loss
+    or weights that are not finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that
+    holds a run `FileExistsError` without `resume`, and one that holds another run `ValueError`."""
+    _check_batches(train_batches)
     if out is not None: _check_writable(Path(out))
     device = pick_device(device)
-    optimizer, schedule = make_optimizer(model.to(device), config)
-    history = _start(model, optimizer, schedule, train_batches, config, device, out, resume)
-    prepare(model, history.precision)
+    parts = _parts(model.to(device), config, len(train_batches))
+    history = _start(parts, train_batches, config, device, out, resume)
+    network = _compiled(prepare(model, history.precision), config, device)
     done = len(history.epochs)
     for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
-        start, lr = time.perf_counter(), schedule.get_last_lr()[0]
-        scores = _epoch(model, optimizer, train_batches, test_batches, history.precision, epoch)
-        schedule.step()
+        start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
+        scores = _epoch(network, parts, train_batches, test_batches, config, history.precision, epoch)
         history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
         bar.set_postfix({name: f'{value:.2%}' for name, value in scores.items() if 'accuracy' in name})
-        if out is not None: save_checkpoint(out, epoch + 1, _state(model, optimizer, schedule, train_batches, history))
+        if out is not None: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
     return history
 
-# %% ../nbs/06_engine.ipynb #be985030
-def _epoch(model, optimizer, train_batches, test_batches, precision, epoch):
+# %% ../nbs/06_engine.ipynb #f30e66e5
+def _epoch(network, parts, train_batches, test_batches, config, precision, epoch):
     "Train for one epoch and test, if there is something to test on; the scores by name."
     if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
-    trained = train(model, train_batches, optimizer, precision, f'epoch {epoch + 1}')
+    step = _step(parts, config, config.size(epoch))
+    trained = train(network, train_batches, parts['optimizer'], precision, f'epoch {epoch + 1}', step)
+    _check_finite(parts['model'], epoch)
+    if not config.warmup: parts['schedule'].step()
     scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
     if test_batches is None: return scores
-    tested = test(model, test_batches, precision)
+    tested = test(parts['model'], test_batches, precision)
     return scores | {'test_loss': tested.loss, 'test_accuracy': tested.accuracy}
 
-# %% ../nbs/06_engine.ipynb #f5b26221
+def _check_finite(model, epoch):
+    "Refuse to go on with weights, or to store weights, that are not finite."
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise FloatingPointError(f'{name} is not finite after epoch {epoch + 1}; go on from the last checkpoint with a lower learning rate')
+
+# %% ../nbs/06_engine.ipynb #66cbb5a0
+def _step(parts, config, size):
+    "`train_step` as the recipe has it, at a `size` of images, and what is to be done after each."
+    def step(model, x, y, optimizer, precision='fp32'):
+        result = train_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
+        if config.warmup: parts['schedule'].step()
+        if config.lookahead: parts['average'].step()
+        return result
+    return step
+
+def _resized(x, size):
+    "The images at `size` pixels a side, antialiased; None: as they are."
+    if size is None or x.shape[2:] == (size, size): return x
+    return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+
+def _compiled(model, config, device):
+    "The network with fused kernels, replayed as CUDA graphs, where the recipe says so and there is a GPU."
+    return torch.compile(model, mode='reduce-overhead', dynamic=False) if config.compile and device.type == 'cuda' else model
+
+# %% ../nbs/06_engine.ipynb #41038d4e
+def _check_batches(batches):
+    "Raise for what cannot be trained on epoch after epoch."
+    if iter(batches) is batches: raise ValueError('the training batches can be read only once; pass a list or a loader')
+    if not hasattr(batches, '__len__'): raise TypeError(f'{type(batches).__name__} has no length; pass a list or a loader')
+    if not len(batches): raise ValueError(_NO_BATCHES)
+
 def _check_writable(out):
     "Find out before the first epoch, not after it, whether a checkpoint can be written."
     probe = out / 'probe'
@@ -248,37 +387,32 @@ def _check_writable(out):
 def _settled(precision, model, batches, device):
     "The precision itself, or for 'auto' the faster one on the first batch."
     if precision != 'auto': return precision
-    first = next(iter(batches), None)
-    if first is None: raise ValueError(_NO_BATCHES)
-    return faster_precision(model, *(part.to(device) for part in first))
+    return faster_precision(model, *(part[:32].to(device) for part in next(iter(batches))))  # 32 images are enough to tell
 
 def _data(batches):
-    "What a checkpoint remembers of the data: batches an epoch, and the hash of the set, where the batches know them."
+    "What a checkpoint remembers of the data: batches an epoch, and the hash of the set, where the batches know it."
     images = getattr(getattr(batches, 'dataset', None), 'images', None)
-    steps = len(batches) if hasattr(batches, '__len__') else None
-    return {'batches an epoch': steps, 'training images (sha256)': getattr(images, 'sha256', None)}
+    return {'batches an epoch': len(batches), 'training images (sha256)': getattr(images, 'sha256', None)}
 
-def _state(model, optimizer, schedule, batches, history):
+def _state(parts, batches, history):
     "All that the rest of the run depends on."
-    return {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'schedule': schedule.state_dict(),
+    return {**{name: part.state_dict() for name, part in parts.items()},
             'rng': rng_state(), 'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
 
-def _start(model, optimizer, schedule, batches, config, device, out, resume):
+def _start(parts, batches, config, device, out, resume):
     "The record to go on with: a new one, or that of the newest checkpoint, restored."
     if out is None or not checkpoints(out):
-        return History(config, hardware(device), versions(), precision=_settled(config.precision, model, batches, device))
+        return History(config, hardware(device), versions(), precision=_settled(config.precision, parts['model'], batches, device))
     if not resume: raise FileExistsError(f'{out} holds a run already; resume it (resume=True, --resume), or choose another folder')
     state = load_checkpoint(out)
     history = History.from_dict(state['history'])
     _same_run(history, config, state, batches, out)
     _same_machine(history, state, device)
-    model.load_state_dict(state['model'])
-    optimizer.load_state_dict(state['optimizer'])
-    schedule.load_state_dict(state['schedule'])
+    for name, part in parts.items(): part.load_state_dict(state[name])
     set_rng_state(state['rng'])
     return history
 
-# %% ../nbs/06_engine.ipynb #42082faf
+# %% ../nbs/06_engine.ipynb #131ff0f5
 def _same_run(history, config, state, batches, out):
     "Refuse to resume what would not be the same run."
     before, now = asdict(history.config), asdict(config)

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import nn
 from eva_session9.config import Config, seed_everything
 from eva_session9.data import ImageSet
 from eva_session9.engine import fit
-from eva_session9.preprocessing import KeyedLoader, loader, test_transforms, train_transforms
+from eva_session9.preprocessing import Batches, KeyedLoader, loader, test_transforms, train_transforms
 from eva_session9.save_load import CheckpointError, checkpoints, load_checkpoint, load_model, save_checkpoint, save_model
 from eva_session9.models.resnet import make_model
 
@@ -35,8 +36,8 @@ def in_child(target, *args):
     return child.exitcode
 
 
-class Killed(KeyedLoader):
-    "A loader whose process is killed as it asks for step 2 of epoch `when`."
+class Kills:
+    "Kills the process as it asks for step 2 of epoch `when`."
     when = None
 
     def __iter__(self):
@@ -45,21 +46,36 @@ class Killed(KeyedLoader):
             yield batch
 
 
+class KillingLoader(Kills, KeyedLoader): pass
+class KillingBatches(Kills, Batches): pass
+
+
+def course_batches(images, seed, workers):
+    "The course's recipe, and its batches from a loader."
+    config = Config(epochs=3, batch_size=6, cutout=4, seed=seed, precision='fp32', step_size=2)
+    batches = loader(images, train_transforms(*images.stats(), config), config.batch_size, seed, workers,
+                     multiprocessing_context='fork' if workers else None)
+    batches.__class__ = KillingLoader
+    return config, batches
+
+
+def fast_batches(images, seed):
+    "A recipe with all that others add, and its batches made on the device. Weights are averaged at steps 5, 10 and 12."
+    config = replace(Config.fast(), epochs=3, batch_size=6, crop=2, sizes=(8, 12), muon_lr=0.05, seed=seed, precision='fp32')
+    return config, KillingBatches(images, train_transforms(*images.stats(), config, size=12), config.batch_size, seed, 'cpu')
+
+
 def train_small(out, seed, workers, when):
     "Three epochs of a small network with dropout, killed in epoch `when`, resumed if `out` holds a run."
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     images = ImageSet(rng.integers(0, 256, (24, 12, 12, 3), dtype=np.uint8), np.arange(24) % 3, ('a', 'b', 'c'))
-    mean, std = images.stats()
-    config = Config(epochs=3, batch_size=6, cutout=4, seed=seed, precision='fp32', step_size=2)
-    seed_everything(seed)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-    batches = loader(images, train_transforms(mean, std, config), config.batch_size, seed, workers,
-                     multiprocessing_context='fork' if workers else None)
-    batches.__class__ = Killed
+    config, batches = fast_batches(images, seed) if workers == 'batched' else course_batches(images, seed, workers)
     batches.when = when
-    tests = loader(images, test_transforms(mean, std), 24, shuffle=False)
+    seed_everything(seed)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+                          nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    tests = loader(images, test_transforms(*images.stats()), 24, shuffle=False)
     fit(model, batches, tests, config, 'cpu', out=out, resume=True)
 
 
@@ -68,7 +84,7 @@ def weights_digest(out):
     return hashlib.sha256(b''.join(v.numpy().tobytes() for v in state.values())).hexdigest()
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, 2, 'batched'])
 @pytest.mark.parametrize('seed', [1, 2, 3])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, seed, workers):
     assert in_child(train_small, tmp_path / 'whole', seed, workers, None) == 0

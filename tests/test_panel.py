@@ -1,8 +1,13 @@
 "The panel, driven from Python: what a person chooses arrives, as the right pixels and words, and nothing breaks it."
 import re
+import struct
+import zlib
 from base64 import b64decode
 from dataclasses import fields
+from datetime import datetime
+from functools import partial
 from io import BytesIO
+from threading import Event
 
 import numpy as np
 import pytest
@@ -13,12 +18,21 @@ from torch import nn
 from eva_session9.data import ImageSet, shapes
 from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
-from eva_session9.panel import HeatmapPanel, View
+from eva_session9.panel import ORDERS, Explorer, HeatmapPanel, View, select, signed_heat, takes_many_passes, watched
 from eva_session9.preprocessing import loader, test_transforms as transforms
 from eva_session9.visual import overlay
 
-IMAGES = shapes(40, seed=3)
+IMAGES = shapes(60, seed=3)
 MEAN, STD = IMAGES.stats()
+SLOW = [name for name in METHODS if takes_many_passes(name)]
+QUICK = [name for name in METHODS if name not in SLOW and name != 'CAM']
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    "Classifications are kept in the user's cache folder, which tests must not fill."
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    return tmp_path/'cache'
 
 
 def convolutional():
@@ -43,198 +57,500 @@ def evaluate(model, images=IMAGES):
     with torch.no_grad(): return Evaluation(model(inputs(images)), torch.from_numpy(images.labels))
 
 
+def opened(*arguments, **options):
+    "A panel that has classified its images."
+    panel = HeatmapPanel(*arguments, **options)
+    panel.wait()
+    return panel
+
+
 def decode(blob): return np.asarray(Image.open(BytesIO(blob)).convert('RGB'))
 def on_screen(panel): return [decode(box.children[0].value) for box in panel.row.children]
 def captions(panel): return [box.children[1].value for box in panel.row.children]
-def small(picture): return picture[3::7, 3::7]
+def said(panel): return panel.message.value
+
+
+def choose(panel, **choices):
+    for name, value in choices.items(): panel.controls[name].value = value
+    panel.wait()
+
+
+def upload(panel, name, content):
+    file = {'name': name, 'content': memoryview(content), 'type': '', 'size': len(content), 'last_modified': datetime.now()}
+    panel.controls['own'].value = (file,)
 
 
 @pytest.fixture
 def model(): return convolutional()
 
 @pytest.fixture
-def panel(model): return HeatmapPanel(model, IMAGES)
+def panel(model): return opened(model, IMAGES)
 
+
+# Lists
+
+def random_table(n=500):
+    "An explorer of random logits, some not finite: lists need no network."
+    images, logits = shapes(n, seed=0, size=16), torch.randn(n, 10, generator=torch.Generator().manual_seed(0))
+    logits[::50] = float('nan')
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    return Explorer(flat, images, Evaluation(logits, torch.from_numpy(images.labels)), (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize('show', ['wrong', 'right', 'all'])
+@pytest.mark.parametrize('order', ORDERS)
+def test_lists_hold_what_was_asked_in_the_order_asked(show, order):
+    table, (column, sign) = random_table().table, ORDERS[order]
+    view = View(show=show, true=3, confidence=(0.2, 0.9), order=order)
+    found = select(view, table)
+    verdict = {'wrong': table.predicted != table.true, 'right': table.predicted == table.true, 'all': True}[show]
+    inside = (table.confidence >= 0.2) & (table.confidence <= 0.9)
+    assert sorted(found) == np.flatnonzero(verdict & (table.true == 3) & inside).tolist()
+    assert (np.diff(sign * getattr(table, column)[found]) >= 0).all()
+
+
+def test_predicted_and_true_class_can_be_asked_together():
+    table = random_table().table
+    found = select(View(true=3, predicted=5), table)
+    assert len(found) and (table.true[found] == 3).all() and (table.predicted[found] == 5).all()
+
+
+def test_the_columns_are_those_of_the_logits():
+    explorer = random_table()
+    logits, table = explorer.evaluation.logits, explorer.table
+    i = 7
+    shares = np.sort(logits[i].softmax(0).numpy())
+    assert np.isclose(table.confidence[i], shares[-1]) and np.isclose(table.margin[i], shares[-1] - shares[-2])
+    assert np.isclose(table.loss[i], -logits[i].log_softmax(0)[table.true[i]])
+    assert table.predicted[50] == -1 and table.confidence[50] == 0 and table.loss[50] == np.inf
+
+
+# What is on the screen
 
 def test_opens_on_the_surest_mistake(panel, model):
     evaluation = evaluate(model)
     surest = evaluation.misclassified[0]
     assert panel.view == View(layers=('layer1', 'layer2', 'layer3'))
-    assert torch.allclose(panel.evaluation.logits, evaluation.logits, atol=1e-5)
-    assert (small(on_screen(panel)[0]) == IMAGES.images[surest]).all()
+    assert torch.allclose(panel.explorer.evaluation.logits, evaluation.logits, atol=1e-5)
+    assert (on_screen(panel)[0] == IMAGES.images[surest]).all()
     assert f'image {surest}<' in captions(panel)[0]
-    assert f'of {len(evaluation.misclassified)}' == panel.count.value
+    assert panel.count.value == f'{len(evaluation.misclassified)} images'
 
 
-@pytest.mark.parametrize('method', ['GradCAM', 'GradCAM++', 'LayerCAM', 'EigenCAM'])
+@pytest.mark.parametrize('method', QUICK + SLOW)
 def test_the_screen_shows_what_was_chosen(panel, model, method):
-    chosen = {'method': method, 'explain': 4, 'alpha': 0.35, 'show': 'all', 'place': 6}
-    for name, value in chosen.items(): panel.controls[name].value = value
+    chosen = {'show': 'all', 'order': 'as in the set', 'place': 6, 'method': method, 'explain': 4, 'alpha': 0.35, 'cmap': 'cividis'}
+    choose(panel, **chosen)
     panel.controls['layers']['layer1'].value = False
     assert panel.view == View(**chosen, layers=('layer2', 'layer3'))
     heatmaps = METHODS[method](model, ['layer2', 'layer3'])(inputs()[5:6], 4)
     image, *shown = on_screen(panel)
-    assert (small(image) == IMAGES.images[5]).all()
+    assert (image == IMAGES.images[5]).all()
     for picture, heatmap, caption, name in zip(shown, heatmaps.maps[0], captions(panel)[1:], heatmaps.layers, strict=True):
-        expected = overlay(IMAGES.images[5], heatmap, 0.35).astype(int)
-        assert abs(small(picture) - expected).max() <= 1  # a class alone and all together may differ in the last bit
         assert name in caption and '{} x {} cells'.format(*heatmaps.grid[name]) in caption
-        assert f'raw maximum {heatmaps.raw[name].max():.3g}' in caption
+        if 'no positive evidence' in caption: continue
+        expected = overlay(IMAGES.images[5], heatmap, 0.35, 'cividis').astype(int)
+        assert abs(picture - expected).max() <= 2  # a class alone and all together may differ in the last bits
 
 
-def test_class_and_opacity_need_no_pass_through_the_network(panel, model):
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    before = on_screen(panel)
-    for name, value in [('explain', 3), ('alpha', 0.9), ('explain', 'true'), ('alpha', 0.1)]: panel.controls[name].value = value
-    assert not passes
-    assert all((a != b).any() for a, b in zip(before[1:], on_screen(panel)[1:]))
+def test_cells_are_the_cells(panel):
+    choose(panel, alpha=1, cmap='gray', cells=True)
+    smooth_or_not = on_screen(panel)[3][..., 0]
+    assert (smooth_or_not == smooth_or_not[::4, ::4].repeat(4, 0).repeat(4, 1)).all()
+    choose(panel, cells=False)
+    assert (on_screen(panel)[3][..., 0] != smooth_or_not).any()
+
+
+def test_the_difference_is_predicted_minus_true(panel, model):
+    choose(panel, difference=True, alpha=1)
+    picked = panel.explorer.pick(panel.view)
+    raw = METHODS['GradCAM'](model, ['layer3'])(inputs()[picked.key:picked.key + 1], 'all').raw['layer3'][0]
+    heatmap = signed_heat(raw[picked.predicted] - raw[picked.true], (32, 32)).clamp(0, 1)
+    assert abs(on_screen(panel)[3] - overlay(picked.pixels, heatmap, 1, 'RdBu_r').astype(int)).max() <= 2
+    assert 'red speaks for' in panel.title.value and 'raw from' in captions(panel)[3]
+    panel.controls['explain'].value = 2
+    assert not panel.controls['difference'].value and panel.title.value.startswith(f'GradCAM for {IMAGES.classes[2]}')
+
+
+def test_what_only_looks_different_needs_no_pass_through_the_network(panel, model):
+    passes, true = [], panel.explorer.pick(panel.view).true
+    with watched(model, passes.append):
+        for name, value in [('explain', true), ('alpha', 0.9), ('cmap', 'viridis'), ('cells', True), ('difference', True)]:
+            before = on_screen(panel)
+            panel.controls[name].value = value
+            assert any((a != b).any() for a, b in zip(before[1:], on_screen(panel)[1:], strict=True)), name
+        assert not passes
+        panel.controls['place'].value = 2
+        assert len(passes) == 1
+        panel.controls['place'].value = 1
+        assert len(passes) == 1
+
+
+def test_thumbnails_are_the_page_of_the_list(panel):
+    choose(panel, show='all', order='as in the set')
     panel.next.click()
-    assert len(passes) == 1
+    assert panel.view.place == 26 and panel.page_number.value == 2 and panel.thumbs.value == 26
+    page = decode(panel.sprite.value)
+    assert page.shape == (5 * 110, 5 * 76, 3)
+    for cell, index in [(0, 25), (7, 32), (24, 49)]:
+        y, x = 110 * (cell // 5), 76 * (cell % 5) + 6
+        assert (page[y:y + 64:2, x:x + 64:2] == IMAGES.images[index]).all()
+        assert panel.thumbs.options[cell][0].startswith(f'#{index}\n')
+    panel.page_number.value = 3
+    assert len(panel.thumbs.options) == 10 and panel.view.place == 51
+    panel.next.click()
+    assert panel.view.place == 51
+    panel.thumbs.value = 60
+    assert (on_screen(panel)[0] == IMAGES.images[59]).all() and panel.controls['place'].value == 60
     panel.previous.click()
-    assert len(passes) == 1
+    assert panel.view.place == 26
+
+
+def test_another_list_begins_at_its_first_image(panel):
+    choose(panel, show='all', order='as in the set', place=40)
+    panel.controls['true'].value = 7
+    members = np.flatnonzero(IMAGES.labels == 7)
+    assert panel.view.place == 1 and panel.controls['place'].max == len(members) == len(panel.thumbs.options)
+    assert (on_screen(panel)[0] == IMAGES.images[members[0]]).all()
+
+
+def test_a_choice_draws_once(panel, monkeypatch):
+    panel.controls['place'].value = 2
+    pages, page = [], panel.explorer.page
+    monkeypatch.setattr(panel.explorer, 'page', lambda view: pages.append(page(view)) or pages[-1])
+    panel.controls['true'].value = 3
+    assert len(pages) == 1
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_no_method_breaks_the_panel(panel, method):
-    panel.controls['method'].value = method
-    assert panel.message.value if method == 'CAM' else len(on_screen(panel)) == 4
-    panel.controls['method'].value = 'GradCAM'
-    assert len(on_screen(panel)) == 4 and not panel.message.value
+    choose(panel, method=method)
+    assert len(on_screen(panel)) == 4
+    assert ('is not followed by' in captions(panel)[1]) == (method == 'CAM')
+    choose(panel, method='GradCAM')
+    assert len(on_screen(panel)) == 4 and 'cells' in captions(panel)[1]
 
 
-def test_another_list_begins_at_its_first_image_and_ends_at_its_last(panel):
-    panel.controls['show'].value = 'all'
-    panel.controls['place'].value = 40
-    panel.next.click()
-    assert panel.view.place == 40
-    panel.controls['label'].value = 7
-    members = np.flatnonzero(IMAGES.labels == 7)
-    assert panel.view.place == 1 and panel.controls['place'].max == len(members)
-    panel.previous.click()
-    assert panel.view.place == panel.controls['place'].value == 1
-    for index in members:
-        assert (small(on_screen(panel)[0]) == IMAGES.images[index]).all()
-        panel.next.click()
-    assert panel.view.place == len(members)
-
-
-def test_a_choice_draws_once(panel, monkeypatch):
-    panel.next.click()
-    pages, page = [], panel.page
-    monkeypatch.setattr(panel, 'page', lambda: pages.append(page()) or pages[-1])
-    panel.controls['label'].value = 3
-    assert len(pages) == 1
-
-
-def test_a_class_without_images_is_said_and_left_again(model):
-    images = IMAGES.subset(IMAGES.labels != 2)
-    panel = HeatmapPanel(model, images)
-    panel.controls['show'].value = 'all'
-    panel.controls['label'].value = 2
-    assert f'No image of class {images.classes[2]}' in panel.message.value
-    assert panel.row.children == () and panel.count.value == 'of 0'
-    panel.next.click()
-    panel.controls['alpha'].value = 1
-    panel.controls['label'].value = 'any'
-    assert len(on_screen(panel)) == 4 and not panel.message.value
-
-
-def test_no_layer_is_said_and_left_again(panel):
-    for box in panel.controls['layers'].values(): box.value = False
-    assert 'at least one layer' in panel.message.value and len(on_screen(panel)) == 1
-    panel.controls['layers']['layer2'].value = True
-    assert 'layer2' in captions(panel)[1] and not panel.message.value
-
-
-def test_an_empty_map_gives_its_reason(model):
-    with torch.no_grad(): model.head[2].weight.fill_(-1)
-    assert 'no positive evidence' in captions(HeatmapPanel(model, IMAGES))[3]
-
-
-def test_a_model_of_nans_can_be_looked_at(model):
-    with torch.no_grad(): model.head[2].bias.fill_(float('nan'))
-    panel = HeatmapPanel(model, IMAGES)
-    assert 'not finite' in panel.bars.value
-    with torch.no_grad(): model.layer1[0].bias.fill_(float('nan'))
-    assert 'non-finite' in captions(HeatmapPanel(model, IMAGES))[1]
+def test_every_choice_has_a_control_that_shows_it(panel):
+    assert {field.name for field in fields(View)} == set(panel.controls)
+    panel._choose(show='all', order='smallest loss first', method='LayerCAM', cells=True, layers=('layer2',))
+    for name in ('show', 'order', 'method', 'cells'): assert panel.controls[name].value == getattr(panel.view, name)
+    assert [name for name, box in panel.controls['layers'].items() if box.value] == ['layer2']
 
 
 def test_names_are_escaped(model):
     classes = ('<img src=x onerror=alert(1)>', '"&\'', *IMAGES.classes[2:])
-    images = ImageSet(IMAGES.images, IMAGES.labels, classes)
-    panel = HeatmapPanel(model, images)
+    panel = opened(model, ImageSet(IMAGES.images, IMAGES.labels, classes))
+    upload(panel, '<script>.png', b'no image')
+    html = said(panel)
     for label in (0, 1):
-        panel.controls['explain'].value = label
-        panel.controls['show'].value, panel.controls['label'].value = 'all', label
-        html = ''.join([panel.snapshot(), panel.message.value, panel.title.value, panel.bars.value, *captions(panel)])
-        assert '<img src=x' not in html and '"&\'' not in html and '"&amp;\'' not in panel.snapshot()
-        assert '&lt;img src=x onerror' in panel.snapshot()
-    panel = HeatmapPanel(model, images.subset(images.labels != 0))
-    panel.controls['label'].value = 0
-    assert '&lt;img src=x' in panel.message.value and '<img src=x' not in panel.message.value + panel.snapshot()
+        choose(panel, show='all', true=label, explain=label)
+        panel.save.click()
+        html += ''.join([panel.snapshot(), said(panel), panel.title.value, panel.bars.value, panel.saved.value, *captions(panel)])
+    choose(panel, confidence=(0, 0.01))
+    html += said(panel)
+    assert '&lt;script&gt;' in html and '&lt;img src=x' in html
+    assert '<img src=x' not in html and '<script' not in html and '"&\'' not in html
 
 
 def test_a_snapshot_holds_what_the_screen_shows(panel):
     snapshot = panel.snapshot()
     stored = [decode(b64decode(blob)) for blob in re.findall(r'data:image/png;base64,([^"]+)"', snapshot)]
     assert all((a == b).all() for a, b in zip(stored, on_screen(panel), strict=True))
-    assert panel.bars.value in snapshot and panel.title.value in snapshot and snapshot._repr_html_() == snapshot
+    assert panel.title.value in snapshot and snapshot._repr_html_() == snapshot and 'probability of each class' in snapshot
     assert not re.search(r'<script|https?:|<link', snapshot)
     assert 'application/vnd.jupyter.widget-view+json' in panel._repr_mimebundle_()
 
 
-def test_a_given_evaluation_is_not_made_again(model):
+def test_the_saved_view_is_what_the_screen_shows(panel):
+    panel.save.click()
+    name, blob = re.search(r'download="(.+?)" href="data:image/png;base64,(.+?)"', panel.saved.value).groups()
+    assert name == f'image-{panel.explorer.pick(panel.view).key}-GradCAM.png'
+    saved = decode(b64decode(blob))
+    for i, picture in enumerate(on_screen(panel)):
+        assert (saved[34 + 3:34 + 224:7, 12 + 236 * i + 3:12 + 236 * i + 224:7] == picture).all()
+    panel.controls['alpha'].value = 0.1
+    assert not panel.saved.value  # the link was to another view
+
+
+# Classification, and what is kept of it
+
+def test_an_unclassified_set_can_be_browsed_and_is_classified_once(model, cache):
+    go_on = Event()
+
+    def slow(module, args):
+        if len(args[0]) > 1: go_on.wait(10)
+    hook = model.register_forward_pre_hook(slow)
+    panel = HeatmapPanel(model, IMAGES)
+    assert panel.progress.layout.display is None and panel.count.value == '60 images'
+    assert 'are being classified' in said(panel)
+    assert (on_screen(panel)[0] == IMAGES.images[0]).all()
+    go_on.set()
+    panel.wait()
+    assert panel.progress.layout.display == 'none' and panel.progress.value == 60 and 'classified' not in said(panel)
+    assert panel.explorer.pick(panel.view).key == evaluate(model).misclassified[0]
+    hook.remove()
+    assert len(list(cache.rglob('*.npy'))) == 1
+    batches = []
+    with watched(model, batches.append): again = HeatmapPanel(model, IMAGES)
+    assert set(batches) == {1} and again.classifying is None
+    assert torch.equal(again.explorer.evaluation.logits, panel.explorer.evaluation.logits)
+
+
+def test_other_weights_are_classified_anew(model, panel, cache):
+    with torch.no_grad(): model.head[2].bias[4] += 1
+    again = opened(model, IMAGES)
+    assert len(list(cache.rglob('*.npy'))) == 2
+    assert (again.explorer.evaluation.logits - panel.explorer.evaluation.logits)[:, 4].allclose(torch.ones(60), atol=1e-4)
+
+
+def test_a_damaged_file_of_logits_is_made_again(model, panel, cache):
+    file, = cache.rglob('*.npy')
+    file.write_bytes(b'\x93NUMPY')
+    again = opened(model, IMAGES)
+    assert torch.equal(again.explorer.evaluation.logits, panel.explorer.evaluation.logits)
+
+
+def test_logits_that_cannot_be_kept_are_used_all_the_same(model, cache):
+    cache.write_text('a file where the folder should be')
+    panel = opened(model, IMAGES)
+    assert 'could not be kept' in said(panel) and panel.explorer.evaluation is not None
+    panel.controls['place'].value = 2
+    assert 'could not be kept' not in said(panel)
+
+
+def test_a_given_evaluation_is_not_made_again(model, cache):
     evaluation, batches = evaluate(model), []
-    model.register_forward_hook(lambda _, args, __: batches.append(len(args[0])))
-    assert HeatmapPanel(model, IMAGES, evaluation).evaluation is evaluation
-    assert set(batches) == {1}
+    with watched(model, batches.append): assert HeatmapPanel(model, IMAGES, evaluation).explorer.evaluation is evaluation
+    assert set(batches) == {1} and not cache.exists()
 
 
 def test_the_model_is_left_as_it_was(model):
     model.layer2.train()
     flags = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    panel = HeatmapPanel(model, IMAGES)
-    panel.next.click()
+    panel = opened(model, IMAGES)
+    choose(panel, place=2)
+    choose(panel, method='ScoreCAM')
     assert [module.training for module in model.modules()] == flags
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+# Methods of many passes
+
+@pytest.mark.parametrize('method', SLOW)
+def test_many_passes_are_told_cancelled_and_taken_up_again(panel, model, method):
+    begun, go_on = Event(), Event()
+
+    def slow(module, args):
+        begun.set()
+        go_on.wait(10)
+    hook = model.register_forward_pre_hook(slow)
+    panel.controls['method'].value = method
+    assert begun.wait(10)
+    assert 'once for every channel, about 56 times' in said(panel) and len(on_screen(panel)) == 1
+    assert panel.cancel.layout.display is None and panel.cancel.description == 'Cancel'
+    work = panel.computing
+    panel.cancel.click()
+    go_on.set()
+    work.join(10)
+    assert panel.cancel.description == 'Compute' and len(on_screen(panel)) == 1
+    assert not any(made == method for _, made, _ in panel.explorer.made)
+    panel.controls['alpha'].value = 0.2
+    assert panel.computing is None
+    panel.cancel.click()
+    panel.wait()
+    hook.remove()
+    assert len(on_screen(panel)) == 4 and panel.cancel.layout.display == 'none' and 'raw maximum' in captions(panel)[1]
+
+
+def test_another_choice_does_not_wait_for_many_passes(panel, model):
+    begun, passes = Event(), []
+
+    def counted(module, args):
+        passes.append(len(args[0]))
+        begun.set()
+    hook = model.register_forward_pre_hook(counted)
+    panel.controls['method'].value = 'ScoreCAM'
+    assert begun.wait(10)
+    panel.controls['method'].value = 'GradCAM'
+    panel.wait()
+    assert len(on_screen(panel)) == 4 and panel.title.value.startswith('GradCAM') and panel.computing is None
+    hook.remove()
+
+
+# Bad input
+
+def empty_png(width, height):
+    "A valid PNG of one colour, made without an image in memory."
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    compressor = zlib.compressobj(1)
+    rows = b''.join(compressor.compress(bytes(1 + width)) for _ in range(height)) + compressor.flush()
+    header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', rows) + chunk(b'IEND', b'')
+
+
+@pytest.mark.parametrize('name, content, reason', [
+    ('big.png', partial(empty_png, 12_000, 12_000), 'big.png: 12000 x 12000 pixels'),
+    ('notes.png', b'dear diary', 'notes.png: is no PNG, JPEG or WebP image'),
+    ('cut.png', empty_png(64, 64)[:60], 'cut.png: is damaged'),
+    ('nothing.png', b'', 'nothing.png: is no PNG, JPEG or WebP image'),
+    ('animated.gif', b'GIF89a', 'animated.gif: is no PNG, JPEG or WebP image')])
+def test_a_file_that_is_no_image_is_refused_by_name(panel, name, content, reason):
+    before = on_screen(panel)
+    upload(panel, name, content if isinstance(content, bytes) else content())
+    assert reason in said(panel) and panel.view.own is None
+    assert all((a == b).all() for a, b in zip(before, on_screen(panel), strict=True))
+    panel.controls['place'].value = 2
+    assert reason not in said(panel) and len(on_screen(panel)) == 4
+
+
+@pytest.mark.parametrize('format', ['PNG', 'JPEG', 'WEBP'])
+def test_an_image_of_ones_own_is_explained(panel, model, format):
+    buffer = BytesIO()
+    Image.fromarray(IMAGES.images[4]).save(buffer, format)
+    for _ in range(2): upload(panel, 'mine', buffer.getvalue())  # the same file can be opened again
+    expected = decode(buffer.getvalue())
+    assert (on_screen(panel)[0] == expected).all() and captions(panel)[0].startswith('<div') and 'mine<' in captions(panel)[0]
+    picked = panel.explorer.pick(panel.view)
+    with torch.no_grad(): assert torch.allclose(picked.logits, model(panel.explorer.input(expected))[0], atol=1e-5)
+    assert len(on_screen(panel)) == 4 and panel.thumbs.value is None
+    panel.controls['difference'].value = True
+    assert 'the true class is not known' in said(panel)
+    panel.controls['difference'].value = False
+    panel.thumbs.value = 1
+    assert panel.view.own is None and len(on_screen(panel)) == 4
+
+
+def test_an_empty_list_is_said_and_left_again(panel):
+    choose(panel, confidence=(0, 0.01), predicted=2)
+    assert 'No misclassified image taken for' in said(panel) and panel.count.value == '0 images'
+    assert panel.row.children == () and panel.thumbs.options == ()
+    panel.next.click()
+    panel.save.click()
+    choose(panel, alpha=1, method='LayerCAM')
+    choose(panel, confidence=(0, 1), predicted='any')
+    assert len(on_screen(panel)) == 4 and 'No misclassified' not in said(panel)
+
+
+def test_a_missing_class_shifts_no_other(model):
+    model.card['classes'] = list(IMAGES.classes)
+    kept = np.flatnonzero(IMAGES.labels != 2)
+    labels = IMAGES.labels[kept] - (IMAGES.labels[kept] > 2)
+    panel = opened(model, ImageSet(IMAGES.images[kept], labels, [c for i, c in enumerate(IMAGES.classes) if i != 2]))
+    assert (panel.explorer.true == IMAGES.labels[kept]).all() and panel.explorer.classes == IMAGES.classes
+    choose(panel, show='all', true=2)
+    assert f'No image of class {IMAGES.classes[2]}' in said(panel)
+    panel.controls['true'].value = 'any'
+    assert len(on_screen(panel)) == 4
+
+
+def test_images_of_classes_that_the_model_does_not_know(model):
+    model.card['classes'] = [f'kind {i}' for i in range(10)]
+    panel = opened(model, IMAGES)
+    assert 'The model has no class bar, crescent' in said(panel)
+    assert panel.count.value == '60 images' and len(on_screen(panel)) == 4
+    panel.controls['explain'].value = 'true'
+    assert 'the true class is not known' in said(panel)
+
+
+def test_no_layer_is_said_and_left_again(panel):
+    for box in panel.controls['layers'].values(): box.value = False
+    assert 'at least one layer' in said(panel) and len(on_screen(panel)) == 1
+    panel.controls['layers']['layer2'].value = True
+    assert 'layer2' in captions(panel)[1] and 'at least' not in said(panel)
+
+
+def test_an_empty_map_gives_its_reason(model):
+    with torch.no_grad(): model.head[2].weight.fill_(-1)
+    panel = opened(model, IMAGES)
+    assert 'no positive evidence' in captions(panel)[3]
+    pale = on_screen(panel)[3]
+    assert (pale >= 191).all()
+
+
+def test_a_model_of_nans_can_be_looked_at(model):
+    with torch.no_grad(): model.head[2].bias.fill_(float('nan'))
+    panel = opened(model, IMAGES)
+    assert 'logits are not finite' in said(panel) and len(on_screen(panel)) == 1
+    panel.controls['explain'].value = 3
+    assert len(on_screen(panel)) == 4
+    with torch.no_grad(): model.layer1[0].bias.fill_(float('nan'))
+    panel = opened(model, IMAGES)
+    panel.controls['explain'].value = 3
+    assert 'non-finite' in captions(panel)[1]
+
+
 def test_a_model_without_convolutions_still_shows_images_and_probabilities():
-    panel = HeatmapPanel(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), IMAGES, mean=MEAN, std=STD)
-    assert 'no layer with a grid of cells' in panel.message.value and panel.bars.value and len(on_screen(panel)) == 1
-    panel.controls['show'].value = 'all'
-    assert (small(on_screen(panel)[0]) == IMAGES.images[0]).all()
+    panel = opened(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), IMAGES, mean=MEAN, std=STD)
+    assert 'no layer with a grid of cells' in said(panel) and len(on_screen(panel)) == 1
+    assert '%' in panel.controls['explain'].options[5][0]
+    choose(panel, show='all', order='as in the set')
+    assert (on_screen(panel)[0] == IMAGES.images[0]).all()
 
 
 @pytest.mark.parametrize('given', [False, True])
 def test_images_of_a_size_the_model_cannot_take_can_be_browsed(given):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 62 * 62, 10))
     evaluation = Evaluation(torch.eye(10)[IMAGES.labels], torch.from_numpy(IMAGES.labels)) if given else None
-    panel = HeatmapPanel(model, IMAGES, evaluation, MEAN, STD)
-    assert 'cannot take images of 32 x 32 pixels' in panel.message.value
-    panel.controls['show'].value, panel.controls['place'].value = 'all', 3
-    assert (small(on_screen(panel)[0]) == IMAGES.images[2]).all() and bool(panel.bars.value) == given
+    panel = opened(model, IMAGES, evaluation, MEAN, STD)
+    assert 'cannot take images of 32 x 32 pixels' in said(panel)
+    choose(panel, show='all', order='as in the set', place=3)
+    assert (on_screen(panel)[0] == IMAGES.images[2]).all()
+    assert ('%' in panel.controls['explain'].options[5][0]) == given
+    buffer = BytesIO()
+    Image.fromarray(IMAGES.images[4]).save(buffer, 'PNG')
+    upload(panel, 'mine.png', buffer.getvalue())
+    assert 'cannot take images' in said(panel) and (on_screen(panel)[0] == IMAGES.images[4]).all()
+
+
+def test_whatever_a_model_raises_is_said():
+    class Picky(nn.Module):
+        def forward(self, x): assert x.shape[-1] == 64, 'wrong image height'
+    panel = opened(Picky(), IMAGES, mean=MEAN, std=STD)
+    assert 'cannot take images of 32 x 32 pixels: wrong image height' in said(panel) and len(on_screen(panel)) == 1
+
+
+def test_a_model_that_fails_on_a_batch_is_said(model):
+    def fails(module, args):
+        if len(args[0]) > 1: raise IndexError('only one at a time')
+    model.register_forward_pre_hook(fails)
+    panel = opened(model, IMAGES)
+    assert 'could not be classified: only one at a time' in said(panel) and panel.progress.layout.display == 'none'
+    choose(panel, place=2)
+    assert panel.explorer.evaluation is None and (on_screen(panel)[0] == IMAGES.images[1]).all()
 
 
 def test_images_of_another_size_that_the_model_can_take(model):
     images = shapes(10, seed=0, size=64)
-    panel = HeatmapPanel(model, images)
-    assert [picture.shape for picture in on_screen(panel)] == 4 * [(192, 192, 3)]
+    panel = opened(model, images)
+    assert [picture.shape for picture in on_screen(panel)] == 4 * [(64, 64, 3)]
     assert '16 x 16 cells' in captions(panel)[3]
 
 
+def test_a_failure_is_said_and_the_panel_goes_on(panel, monkeypatch):
+    page = panel.explorer.page
+    monkeypatch.setattr(panel.explorer, 'page', lambda view: 1 / 0)
+    with pytest.raises(ZeroDivisionError): panel.controls['alpha'].value = 0.9
+    assert 'ZeroDivisionError' in said(panel)
+    monkeypatch.setattr(panel.explorer, 'page', page)
+    panel.controls['alpha'].value = 0.8
+    assert 'ZeroDivisionError' not in said(panel) and len(on_screen(panel)) == 4
+
+
 def test_what_cannot_be_right_is_refused(model):
-    with pytest.raises(ValueError, match='of 40 images, the set has 9'):
+    with pytest.raises(ValueError, match='of 60 images, the set has 9'):
         HeatmapPanel(model, IMAGES.subset(range(9)), evaluate(model))
-    with pytest.raises(ValueError, match='the model has 3 classes, the images have 10'):
-        HeatmapPanel(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), IMAGES, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match='of 10 classes, the model has 3'):
+        HeatmapPanel(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), IMAGES, evaluate(model), MEAN, STD)
+    with pytest.raises(ValueError, match='no images to browse'): HeatmapPanel(model)
     del model.card
     with pytest.raises(ValueError, match='no card with mean and std'): HeatmapPanel(model, IMAGES, std=STD)
 
 
-def test_every_choice_has_a_control(panel):
-    assert {field.name for field in fields(View)} == set(panel.controls)
+def test_with_nothing_to_show_it_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match='run `eva9_train --data shapes`'): HeatmapPanel()

@@ -1,0 +1,122 @@
+"""The accuracy of a recipe over several seeds: mean, standard deviation, lowest, and a 95% interval of the mean.
+
+    python benchmarks/reproduce.py --config fast --seeds 10 --out results/fast.json
+
+trains on the whole training set and reads the test set once a seed, at the end. To choose between recipes, hold images
+out of the training set and leave the test set alone:
+
+    python benchmarks/reproduce.py --config fast --seeds 3 --hold-out 5000 --set lookahead=0
+
+Accuracy is that of one look at each image. Two kinds of test-time augmentation are reported apart: `flip`, the mean of the
+logits for an image and its mirror image, and `six views`, which are those two and the same for shifts by one pixel up and
+left and down and right, at half the weight (as airbench has it).
+"""
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from eva_session9.cli import _config, _loaders, _sets
+from eva_session9.config import config_from, hardware, pick_device, seed_everything, versions
+from eva_session9.engine import fit, forward
+from eva_session9.models.resnet import make_model
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+       2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # Student's t, 1 to 30 degrees
+
+
+def changed(config, settings):
+    "The recipe with `name=value` settings; values are JSON, or else text."
+    values = {}
+    for name, _, value in (setting.partition('=') for setting in settings):
+        try: values[name] = json.loads(value)
+        except json.JSONDecodeError: values[name] = value
+    return config_from({**asdict(config), **values})
+
+
+def held_out(images, n):
+    "The set without `n` random images, always the same, and these."
+    order = np.random.default_rng(0).permutation(len(images))
+    return images.subset(np.sort(order[n:])), images.subset(np.sort(order[:n]))
+
+
+def looks(model, x, precision):
+    "Logits by one look, with the mirror image, and by six views."
+    def both(x):
+        plain = forward(model, x, precision)
+        return plain, (plain + forward(model, x.flip(3), precision)) / 2
+    border, (h, w) = F.pad(x, (1, 1, 1, 1), 'reflect'), x.shape[2:]
+    plain, mirrored = both(x)
+    shifted = (both(border[:, :, :h, :w])[1] + both(border[:, :, 2:, 2:])[1]) / 2
+    return {'plain': plain, 'flip': mirrored, 'six views': (mirrored + shifted) / 2}
+
+
+@torch.inference_mode()
+def accuracies(model, batches, precision):
+    "Accuracy by each way to look."
+    device, correct, n = next(model.parameters()).device, {}, 0
+    model.eval()
+    for x, y in batches:
+        n += len(y)
+        for way, logits in looks(model, x.to(device), precision).items():
+            correct[way] = correct.get(way, 0) + (logits.argmax(1) == y.to(device)).sum().item()
+    return {way: right / n for way, right in correct.items()}
+
+
+def one_run(config, train_set, test_set, keep):
+    "Train with the recipe's seed, and test once."
+    train_batches, test_batches = _loaders(config, train_set, test_set)
+    seed_everything(config.seed)
+    model = make_model(config.architecture, len(train_set.classes))
+    history = fit(model, train_batches, None, config, out=keep and Path(keep) / f'seed-{config.seed}', resume=True)
+    return {'seed': config.seed, 'accuracy': accuracies(model, test_batches, history.precision),
+            'seconds': round(history.seconds, 2), 'precision': history.precision, 'history': history.epochs}
+
+
+def summary(values):
+    "Mean, spread and the interval that holds the mean with 95% confidence (Student's t)."
+    n, mean = len(values), statistics.mean(values)
+    if n < 2: return {'mean': round(mean, 5), 'min': round(mean, 5), 'n': n}
+    sd = statistics.stdev(values)
+    half = (T95[n - 2] if n <= 31 else 1.96 + 2.4 / (n - 1)) * sd / math.sqrt(n)
+    return {'mean': round(mean, 5), 'sd': round(sd, 5), 'min': round(min(values), 5), 'n': n,
+            'interval95': [round(mean - half, 5), round(mean + half, 5)]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default='fast', help="'session9', 'fast', 'laptop', or a .json file of fields (default fast)")
+    parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='change a field of the recipe; may be repeated')
+    parser.add_argument('--seeds', type=int, default=10, help='how many, from 42 on (default 10)')
+    parser.add_argument('--data', default='cifar10', help="'cifar10', 'shapes', or a folder of images (default cifar10)")
+    parser.add_argument('--root', help='folder of the CIFAR-10 files')
+    parser.add_argument('--limit', type=int, help='use a sample of so many training and so many test images')
+    parser.add_argument('--hold-out', type=int, default=0, metavar='N', help='test on N images held out of the training set')
+    parser.add_argument('--keep', help='folder for checkpoints; with it, a run that was cut goes on')
+    parser.add_argument('--out', type=Path, help='also write the result to this .json file, after each seed')
+    args = parser.parse_args()
+    config = changed(_config(args.config), args.set)
+    sets = _sets(args.data, args.root, args.limit)
+    if args.hold_out: sets = held_out(sets[0], args.hold_out)
+    runs, start = [], time.perf_counter()
+    for seed in range(42, 42 + args.seeds):
+        runs.append(one_run(replace(config, seed=seed), *sets, args.keep))
+        ways = {way: summary([run['accuracy'][way] for run in runs]) for way in runs[0]['accuracy']}
+        result = {**ways.pop('plain'), 'test_time_augmentation': ways, 'tested_on': len(sets[1]), 'held_out': bool(args.hold_out),
+                  'seconds_a_run': round(statistics.median(run['seconds'] for run in runs), 2), 'config': asdict(config), 'runs': runs,
+                  'hardware': hardware(pick_device()), 'versions': versions(), 'seconds': round(time.perf_counter() - start, 1),
+                  'command': ' '.join(['python', *sys.argv])}
+        if args.out: args.out.write_text(json.dumps(result, indent=1) + '\n')
+        print(seed, runs[-1]['accuracy'], f"{runs[-1]['seconds']} s", flush=True)
+    print(json.dumps({name: value for name, value in result.items() if name != 'runs'}, indent=1))
+
+
+if __name__ == '__main__': main()

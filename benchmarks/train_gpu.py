@@ -1,0 +1,85 @@
+"""How fast a GPU trains by the course's recipe and by the fast one: seconds for 20 epochs, and what keeps it from less.
+
+Each recipe is trained on 50,000 random 32 x 32 images that lie on the GPU, which takes as long as CIFAR-10 would. First one
+epoch alone, in which kernels are compiled and chosen and whose time is given apart, then a whole run with a fresh network. The rate
+of arithmetic is that of the convolutions and the linear layer, forward and backward; it is set against the fastest bfloat16
+product of two large matrices, measured in the same process just before.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from augment import random_images
+from eva_session9.cli import _config, _loaders
+from eva_session9.config import hardware, pick_device, seed_everything, versions
+from eva_session9.engine import fit, test
+from eva_session9.models.resnet import make_model
+
+MULTIPLY_ADDS = 555_422_720  # of ResNet-18 for one image of 32 x 32, forward
+FIRST = 1_769_472            # of these in the first convolution, which needs no gradient for the image
+OPERATIONS = 6 * MULTIPLY_ADDS - 2 * FIRST  # a training step needs for one image
+
+
+def seconds(work):
+    start = time.perf_counter()
+    done = work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, done
+
+
+def matmul_peak(n=8192, repeats=20):
+    "Operations per second of the fastest of some bfloat16 matrix products."
+    a, b = torch.randn(2, n, n, device='cuda', dtype=torch.bfloat16)
+    times = [seconds(lambda: a @ b)[0] for _ in range(repeats)]
+    return 2 * n**3 / min(times)
+
+
+def trained(config, images):
+    "A whole run of the recipe, and the network."
+    seed_everything(config.seed)
+    model = make_model(config.architecture, len(images.classes))
+    return model, fit(model, _loaders(config, images, images)[0], None, config, 'cuda')
+
+
+def measured(name, images, peak):
+    "Times of one recipe."
+    config = replace(_config(name), batched=True, compile=True, precision='bf16')
+    first, _ = seconds(lambda: trained(replace(config, epochs=1), images))
+    torch.cuda.reset_peak_memory_stats()
+    whole, (model, history) = seconds(lambda: trained(config, images))
+    ten_thousand = _loaders(config, images, images.subset(range(min(10_000, len(images)))))[1]
+    testing, _ = seconds(lambda: test(model, ten_thousand, 'bf16'))
+    epoch = statistics.median(e['seconds'] for e in history.epochs)
+    rate = len(images) / epoch
+    return {'first_epoch_with_compilation': round(first, 2), 'seconds_for_all_epochs': round(whole, 2), 'epochs': config.epochs,
+            'median_epoch': epoch, 'images_per_second': round(rate), 'share_of_matmul_peak': round(rate * OPERATIONS / peak, 3),
+            'seconds_to_test_10000': round(testing, 3), 'memory_gib': round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            'epoch_seconds': [e['seconds'] for e in history.epochs], 'config': asdict(config)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('recipes', nargs='*', default=['session9', 'fast'], help='default: session9 fast')
+    parser.add_argument('--images', type=int, default=50_000, help='an epoch (default 50000)')
+    parser.add_argument('--out', type=Path, help='also write the result to this .json file')
+    args = parser.parse_args()
+    if not torch.cuda.is_available(): parser.exit(2, 'train_gpu.py: no CUDA device is available here\n')
+    torch.backends.cudnn.benchmark = True
+    start, images = time.perf_counter(), random_images(args.images)
+    matmul_peak(repeats=3)
+    peak = matmul_peak()
+    result = {'matmul_peak_tflops': round(peak / 1e12, 1), 'recipes': {name: measured(name, images, peak) for name in args.recipes},
+              'hardware': hardware(pick_device('cuda')), 'versions': versions(), 'seconds': round(time.perf_counter() - start, 1),
+              'command': ' '.join(['python', *sys.argv])}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.out: args.out.write_text(text + '\n')
+
+
+if __name__ == '__main__': main()
