@@ -154,7 +154,7 @@ def browser(images_limit, actions):
             page = chromium.new_page(viewport={'width': 1500, 'height': 1100})
             page.goto(address, timeout=120_000)
             page.locator('.eva9-pictures img').nth(3).wait_for(timeout=120_000)
-            page.locator('.eva9-grid label', has_text='%').first.wait_for(timeout=120_000)  # classified
+            page.locator('.eva9-grid .widget-radio-box label', has_text='%').first.wait_for(timeout=120_000)  # classified
             return show([row('click to new pixels', [clicked(page, i) for i in range(actions)])])
         finally:
             server.terminate()
@@ -164,7 +164,7 @@ def browser(images_limit, actions):
 def clicked(page, i):
     "Milliseconds from a click on a thumbnail to another last heatmap."
     before = page.locator('.eva9-pictures img').nth(3).get_attribute('src')
-    thumb = page.locator('.eva9-grid label').nth((7 * i + 1) % 25)
+    thumb = page.locator('.eva9-grid .widget-radio-box label').nth((7 * i + 1) % 25)
 
     def action():
         thumb.click()

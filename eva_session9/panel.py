@@ -16,6 +16,7 @@ __all__ = ['ORDERS', 'THUMB', 'CELL', 'COLUMNS', 'ROWS', 'View', 'changed', 'Tab
 # %% ../nbs/10_panel.ipynb #356c42a5
 import json
 import re
+import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
@@ -648,15 +649,15 @@ _CSS = Template('''<style>
 .eva9 .eva9-grid .widget-radio { position: absolute; top: 0; left: 0; }
 .eva9 .eva9-grid .widget-radio-box { display: grid; margin: 0 !important;
   grid-template-columns: repeat($columns, ${cell}px); }
-.eva9 .eva9-grid label { position: relative; box-sizing: border-box; width: ${cell}px; height: ${row}px; margin: 0;
+.eva9 .eva9-grid .widget-radio-box label { position: relative; box-sizing: border-box; width: ${cell}px; height: ${row}px; margin: 0;
   cursor: pointer; padding: ${below}px 1px 0; overflow: hidden; font-size: 10.5px; line-height: 14px;
   text-align: center; white-space: pre; }
 .eva9 .eva9-grid input { position: absolute; top: 0; left: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
   cursor: pointer; }
-.eva9 .eva9-grid label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; font-weight: bold; }
-.eva9 .eva9-grid label:has(:focus-visible) { outline: 3px dashed #D55E00; outline-offset: -3px; }
-.eva9 .eva9-classes label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer; }
-.eva9 .eva9-classes label:has(:checked) { font-weight: bold; }
+.eva9 .eva9-grid .widget-radio-box label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; font-weight: bold; }
+.eva9 .eva9-grid .widget-radio-box label:has(:focus-visible) { outline: 3px dashed #D55E00; outline-offset: -3px; }
+.eva9 .eva9-classes .widget-radio-box label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer; }
+.eva9 .eva9-classes .widget-radio-box label:has(:checked) { font-weight: bold; }
 </style>''').substitute(cell=CELL[0], row=CELL[1], below=THUMB + 2, columns=COLUMNS, page=COLUMNS * CELL[0])
 
 def _dropdown(label, value, options):
@@ -763,6 +764,14 @@ def _classify(self: HeatmapPanel, work):
         show = self._opening().show if self.view.show == 'wrong' else self.view.show
         self.view = replace(self.view, place=1, show=show)
         self._draw()
+    self._repeat()
+
+@patch
+def _repeat(self: HeatmapPanel, times=3):
+    "Send the list again, a second apart: a page that is still loading can miss what it is told."
+    for _ in range(times):
+        time.sleep(1)
+        for widget in (self.sprite, self.thumbs): widget.send_state()
 
 # %% ../nbs/10_panel.ipynb #5cf2cf05
 @patch

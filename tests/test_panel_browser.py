@@ -203,7 +203,7 @@ class Person:
         for label, value in [('Order', 'smallest loss first'), ('Order', 'as in the set'), ('Show', 'all'), ('True class', 'any'),
                              ('Predicted class', 'any'), ('Method', 'GradCAM')]:
             self.page.get_by_label(label, exact=True).select_option(value=value)
-        self.page.locator('.eva9-classes label').first.click()
+        self.page.locator('.eva9-classes .widget-radio-box label').first.click()
         self.view = View(show='all', order='as in the set', layers=('layer2', 'layer3', 'layer4'))
         self.sees()
 
@@ -215,9 +215,9 @@ def person(request, browser, home, monkeypatch_module):
     page.goto(request.getfixturevalue(request.param), timeout=2 * MINUTE)
     if request.param == 'lab':
         page.locator('.jp-Notebook-ExecutionIndicator[data-status=idle]').wait_for(timeout=MINUTE)
-        page.locator('.jp-CodeCell .cm-content').first.click()
-        page.keyboard.press('Shift+Enter')
-    page.locator('.eva9-grid label', has_text='%').first.wait_for(timeout=2 * MINUTE)  # classified
+        page.get_by_role('menuitem', name='Run', exact=True).click()
+        page.get_by_role('menuitem', name='Run All Cells', exact=True).click()
+    page.locator('.eva9-grid .widget-radio-box label', has_text='%').first.wait_for(timeout=MINUTE)  # classified
     model = load_model(home/'run'/'model.safetensors')
     monkeypatch_module.setenv('XDG_CACHE_HOME', str(home/'xdg_cache_home'))
     evaluation = stored_evaluation(logits_file(model, IMAGES, model.card['mean'], model.card['std']), IMAGES)
@@ -238,7 +238,7 @@ def test_it_opens_on_the_surest_mistake(person):
     assert picked.key == person.explorer.evaluation.misclassified[0]
     person.sees_thumbnails()
     playwright.expect(person.page.locator('.eva9')).to_contain_text(f'{len(person.explorer.evaluation.misclassified)} images')
-    playwright.expect(person.page.locator('.eva9-grid label').first).to_contain_text(f'#{picked.key}')
+    playwright.expect(person.page.locator('.eva9-grid .widget-radio-box label').first).to_contain_text(f'#{picked.key}')
     if os.environ.get('EVA9_SCREENSHOT') and not person.page.locator('.jp-CodeCell .cm-content').count():
         person.page.locator('.eva9').screenshot(path=os.environ['EVA9_SCREENSHOT'])
 
@@ -255,7 +255,7 @@ def test_filter_and_sort(person):
 
 def test_pick_by_click_and_by_keyboard(person):
     person.begins_again()
-    person.page.locator('.eva9-grid label').nth(3).click()
+    person.page.locator('.eva9-grid .widget-radio-box label').nth(3).click()
     person.sees(place=4)
     person.presses('Image', 'ArrowUp', place=5)
     person.page.locator('.eva9-grid input').nth(7).focus()
@@ -288,13 +288,13 @@ def test_method_layers_and_look(person):
 
 def test_another_class_and_the_difference(person):
     person.begins_again()
-    person.page.locator('.eva9-classes label', has_text='star').last.click()
+    person.page.locator('.eva9-classes .widget-radio-box label', has_text='star').last.click()
     person.sees(explain=STAR)
     wrong = int(np.flatnonzero(person.explorer.table.predicted[:25] != person.explorer.table.true[:25])[0])
-    person.page.locator('.eva9-grid label').nth(wrong).click()
+    person.page.locator('.eva9-grid .widget-radio-box label').nth(wrong).click()
     person.page.get_by_label('Predicted minus true').check()
     person.sees(place=wrong + 1, difference=True)
-    person.page.locator('.eva9-classes label').nth(0).click()
+    person.page.locator('.eva9-classes .widget-radio-box label').nth(0).click()
     person.sees(explain='predicted')
     assert not person.page.get_by_label('Predicted minus true').is_checked()
 
@@ -332,7 +332,7 @@ def test_files_good_and_bad(person):
     Image.fromarray(shapes(1, seed=9, size=90).images[0]).save(mine, 'PNG')
     person.opens('mine.png', mine.getvalue())
     person.sees(own=person.explorer.add('mine.png', mine.getvalue()))
-    person.page.locator('.eva9-grid label').nth(2).click()
+    person.page.locator('.eva9-grid .widget-radio-box label').nth(2).click()
     person.sees(place=3)
 
 
