@@ -764,14 +764,19 @@ def _classify(self: HeatmapPanel, work):
         show = self._opening().show if self.view.show == 'wrong' else self.view.show
         self.view = replace(self.view, place=1, show=show)
         self._draw()
-    self._repeat()
+    Thread(target=self._repeat, daemon=True).start()
 
 @patch
 def _repeat(self: HeatmapPanel, times=3):
-    "Send the list again, a second apart: a page that is still loading can miss what it is told."
+    "Send everything again, a second apart: a page that is still loading can miss what it is told."
     for _ in range(times):
         time.sleep(1)
-        for widget in (self.sprite, self.thumbs): widget.send_state()
+        with self.lock:
+            for widget in _inside(self.widget): widget.send_state()
+
+def _inside(widget):
+    "The widget and all in it."
+    return [widget, *(inner for child in getattr(widget, 'children', ()) for inner in _inside(child))]
 
 # %% ../nbs/10_panel.ipynb #5cf2cf05
 @patch
