@@ -208,7 +208,10 @@ class Person:
         self.sees()
 
 
-@pytest.fixture(scope='module', params=['voila', 'lab'])
+LAB = pytest.param('lab', marks=pytest.mark.skipif('EVA9_LAB' not in os.environ, reason='JupyterLab is driven where EVA9_LAB is set'))
+
+
+@pytest.fixture(scope='module', params=['voila', LAB])
 def person(request, browser, home, monkeypatch_module):
     "A page on either server, with the panel open."
     page = browser.new_page(viewport={'width': 1600, 'height': 1200})
