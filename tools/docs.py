@@ -1,0 +1,113 @@
+"""Build the doc site into _docs, without a network: python tools/docs.py
+
+nbdev processes the notebooks (signatures, cross-links, hidden cells), and smalldocs renders what it wrote. Any warning, a
+page without a description and a picture without a text for those who cannot see it end the build with exit code 1."""
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGE, SITE = ROOT / '_stage', ROOT / '_docs'
+NOT_OF_SMALLDOCS = ('output-file', 'jupyter', 'execute')  # keys that nbdev writes into a page's head
+
+
+def number(name):
+    "08a_gradcam.cam.ipynb -> gradcam.cam.ipynb, as nbdev's own links have it."
+    return re.sub(r'^\d+[a-z]?_', '', name)
+
+
+def processed():
+    "The folder with the notebooks as nbdev shows them."
+    os.chdir(ROOT)
+    from nbdev.doclinks import _build_modidx
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    refresh_quarto_yml()
+    _build_modidx()
+    return proc_nbs(n_workers=2, force=True)
+
+
+def relinked(text, home, source):
+    "Links to the published site, to notebooks and to files of the repository, as they are to be inside the site."
+    text = text.replace(home, '').replace('.html.md', '.html')
+    text = re.sub(r'\]\(([\w.]+\.ipynb)(#[\w-]+)?\)', lambda m: f'](./{number(m[1])}{m[2] or ""})', text)
+    return re.sub(r'\]\(\.\./([^)]*)\)', lambda m: f']({source}/{m[1]})', text)
+
+
+def described(cell):
+    "A code cell whose picture has a text: its own `fig-alt`, or the title that the figure gives as its text form."
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        title = re.match(r"Picture\((['\"])(.*)\1, \d+ axes\)", data.get('text/plain', ''))
+        if 'image/png' in data and title and '#| fig-alt' not in cell.source:
+            cell.source = f'#| fig-alt: {title[2]!r}\n{cell.source}'
+    return cell
+
+
+def staged(path, home, source):
+    "A processed notebook as smalldocs reads it."
+    notebook = nbformat.reads(nbformat.writes(nbformat.read(path, 4)), 4)
+    for cell in notebook.cells:
+        if cell.cell_type == 'code': cell = described(cell)
+        else: cell.source = relinked(cell.source, home, source)
+        for output in cell.get('outputs', []):
+            for kind, text in output.get('data', {}).items():
+                if kind in ('text/html', 'text/markdown'): output.data[kind] = relinked(text, home, source)
+    head = notebook.cells[0]
+    if head.cell_type == 'raw':
+        lines = [line for line in head.source.splitlines() if line.split(':')[0] not in NOT_OF_SMALLDOCS]
+        head.source = '\n'.join(lines)
+    return notebook
+
+
+def stage(cache):
+    "Everything that smalldocs needs in one folder."
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.copytree(cache, STAGE, ignore=shutil.ignore_patterns('*.ipynb', '.*'))
+    nbdev, quarto = (yaml.safe_load((STAGE / name).read_text()) for name in ('nbdev.yml', '_quarto.yml'))
+    for options, key in ((nbdev, 'format-links'), (quarto['format'], 'commonmark')): options.pop(key, None)  # for Quarto alone
+    for name, options in (('nbdev.yml', nbdev), ('_quarto.yml', quarto)): (STAGE / name).write_text(yaml.safe_dump(options))
+    site = nbdev['website']
+    for path in sorted(cache.glob('*.ipynb')):
+        notebook = staged(path, f"{site['site-url']}/", f"{site['repo-url']}/blob/{site['repo-branch']}")
+        nbformat.write(notebook, STAGE / number(path.name))
+    sidebar = (STAGE / 'sidebar.yml').read_text()
+    (STAGE / 'sidebar.yml').write_text(re.sub(r'[\w.]+\.ipynb', lambda m: number(m[0]), sidebar))
+
+
+def without_network():
+    "Drop what the themes would fetch from elsewhere; the fonts of the reader's machine take its place."
+    for path in SITE.rglob('*.css'):
+        text = path.read_text()
+        local = re.sub(r'@import url\([^)]*\);?|@import "[^"]*";?', '', text)
+        if local != text: path.write_text(local)
+
+
+def faults():
+    "What a reader would stumble over: a page without a description, a picture without a text."
+    for path in sorted(SITE.rglob('*.html')):
+        text = path.read_text()
+        if not re.search(r'<meta name="description" content="[^"]+', text): yield f'{path.name}: no description'
+        for image in re.findall(r'<img\b[^>]*>', text):
+            if not re.search(r'\balt="[^"]', image): yield f'{path.name}: a picture without alt text'
+
+
+def main():
+    stage(processed())
+    from smalldocs.site import build
+    warnings = [*build(STAGE, quiet=True).warnings]
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.move(STAGE / SITE.name, SITE)
+    without_network()
+    problems = [*warnings, *faults()]
+    for problem in problems: print(problem, file=sys.stderr)
+    print(f'{len(list(SITE.glob("*.html")))} pages in {SITE.relative_to(ROOT)}, {len(problems)} problems')
+    return int(bool(problems))
+
+
+if __name__ == '__main__': sys.exit(main())
