@@ -120,29 +120,27 @@ def browser():
         chromium.close()
 
 
-SAME = '''([selector, index, expected]) => {
-  const image = document.querySelectorAll(selector)[index]
-  if (!image || !image.complete || !image.naturalWidth) return false
+PIXELS = '''(image) => {
+  if (!image || !image.complete || !image.naturalWidth) return null
   const canvas = document.createElement('canvas')
   canvas.width = image.naturalWidth
   canvas.height = image.naturalHeight
   const context = canvas.getContext('2d')
   context.drawImage(image, 0, 0)
-  const found = context.getImageData(0, 0, canvas.width, canvas.height).data
-  return found.length === expected.length && found.every((value, i) => Math.abs(value - expected[i]) <= 3)
+  return context.getImageData(0, 0, canvas.width, canvas.height).data
 }'''
+
+
+SAME = '''([selector, index, expected]) => {
+  const found = (PIXELS)(document.querySelectorAll(selector)[index])
+  return found && found.length === expected.length && found.every((value, i) => Math.abs(value - expected[i]) <= 3)
+}'''.replace('PIXELS', PIXELS)
 
 
 SUM = '''([selector, expected]) => {
-  const image = document.querySelector(selector)
-  if (!image || !image.complete || !image.naturalWidth) return false
-  const canvas = document.createElement('canvas')
-  canvas.width = image.naturalWidth
-  canvas.height = image.naturalHeight
-  const context = canvas.getContext('2d')
-  context.drawImage(image, 0, 0)
-  return context.getImageData(0, 0, canvas.width, canvas.height).data.reduce((sum, x, i) => sum + x * (i % 9973), 0) === expected
-}'''
+  const found = (PIXELS)(document.querySelector(selector))
+  return found && found.reduce((sum, x, i) => sum + x * (i % 9973), 0) === expected
+}'''.replace('PIXELS', PIXELS)
 
 
 class Person:
