@@ -4,8 +4,8 @@
   mask, IoU at matched area, and how far from the object the map's centre lies; the oracle of each grid is the ceiling.
   Class: two objects in one image, the energy on the named one less that on the other.
 - cifar10: stratified test images and the shipped weights. No masks, so nothing is said about place. Faithfulness: deletion,
-  insertion, ROAD, average drop with the map's area. Sanity: rank correlation with the map of another class, and with the map
-  after the weights were drawn anew, stage by stage.
+  insertion, ROAD, average drop with the map's area. Sanity: rank correlation with the map of another class, with the map of
+  another image, and with the map after the weights were drawn anew, stage by stage.
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, and on 50 for
 pairs and sanity. Each measured row is kept in --work and not measured again, so a run that was cut goes on, and two
@@ -28,7 +28,7 @@ from eva_session9.data import ImageSet, cifar10, shapes
 from eva_session9.engine import faster_precision, fit, forward, test
 from eva_session9.gradcam import (METHODS, Heatmaps, Status, area_under, bootstrap, cascade, centre_gaussian, confidence,
                                   confidence_drop, deletion, energy_in, insertion, logit_similarity, matched_iou, oracle, pointing,
-                                  road_score)
+                                  road_score, spearman)
 from eva_session9.gradcam.metrics import blurred
 from eva_session9.models.resnet import resnet18
 from eva_session9.preprocessing import loader, test_transforms
@@ -47,6 +47,7 @@ class Fast(torch.nn.Module):
         precision = faster_precision(model, x, torch.zeros(len(x), dtype=torch.long))
         self.model, self.low, self.answers = model, precision == 'bf16', {}
 
+    @torch.no_grad
     def forward(self, x):
         key = hashlib.sha256(x.numpy()).digest()
         if key not in self.answers: self.answers[key] = forward(self.model, x, 'bf16' if self.low else 'fp32')
@@ -236,7 +237,10 @@ def study_cifar10(root, n, work):
     def sane(name, cam, layer):
         count = SOME // 2 if name in SLOW else n // 5
         some, classes = x[:count], target[:count]
-        row = in_batches(lambda a: {'another class': logit_similarity(cam, a)[layer]}, some)
+        def other_class_and_image(a, b):
+            raw = cam(a, b).raw[layer]
+            return {'another class': logit_similarity(cam, a)[layer], 'another image': spearman(raw, raw.roll(1, 0))}
+        row = in_batches(other_class_and_image, some, classes)
         if name in SLOW: return row
         changed = in_batches(lambda a, b: {'after': cascade(cam, a, b, STAGES, calibration)[layer].T}, some, classes)['after']
         return row | {f'new {stage}': changed[:, i] for i, stage in enumerate(STAGES)}

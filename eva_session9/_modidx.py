@@ -673,6 +673,7 @@ d = { 'settings': { 'branch': 'main',
                                      'eva_session9.visual.plot_confusion': ('visual.html#plot_confusion', 'eva_session9/visual.py'),
                                      'eva_session9.visual.plot_heatmaps': ('visual.html#plot_heatmaps', 'eva_session9/visual.py'),
                                      'eva_session9.visual.plot_history': ('visual.html#plot_history', 'eva_session9/visual.py'),
+                                     'eva_session9.visual.plot_intervals': ('visual.html#plot_intervals', 'eva_session9/visual.py'),
                                      'eva_session9.visual.plot_lr': ('visual.html#plot_lr', 'eva_session9/visual.py'),
                                      'eva_session9.visual.plot_misclassified': ('visual.html#plot_misclassified', 'eva_session9/visual.py'),
                                      'eva_session9.visual.plot_samples': ('visual.html#plot_samples', 'eva_session9/visual.py')}}}

@@ -6,7 +6,7 @@ Docs: https://eva-session9.github.io/eva_session9/visual.html.md"""
 
 # %% auto #0
 __all__ = ['Picture', 'plot_samples', 'denormalize', 'plot_augmentation', 'plot_history', 'plot_lr', 'plot_confusion', 'overlay',
-           'plot_heatmaps', 'plot_misclassified']
+           'plot_heatmaps', 'plot_misclassified', 'plot_intervals']
 
 # %% ../nbs/09_visual.ipynb #2610884b
 import textwrap
@@ -41,7 +41,7 @@ class Picture(Figure):
     def __repr__(self): return f'Picture({self.get_suptitle()!r}, {len(self.axes)} axes)'
 
 # %% ../nbs/09_visual.ipynb #a7936f8f
-_BLUE, _VERMILLION, _GREY = '#0072B2', '#D55E00', '#6E6E6E'  # apart in every colour vision (Okabe and Ito 2008)
+_BLUE, _VERMILLION, _GREEN, _GREY = '#0072B2', '#D55E00', '#009E73', '#6E6E6E'  # apart in every colour vision (Okabe and Ito 2008)
 
 def _picture(title, width, height, layout='compressed'):
     "An empty page of this size, in inches, with its title."
@@ -279,3 +279,25 @@ def _same_images(explained, evaluated):
     if not same:
         raise ValueError(f'the heatmaps are not of the first {len(explained)} mistakes; '
                          'explain the images at evaluation.misclassified[:n], in this order')
+
+# %% ../nbs/09_visual.ipynb #d7c116f4
+def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> at most four series -> mean, and both ends of its interval
+                   title: str,                                   # above all
+                   xlabel: str,                                  # what was measured
+                   line: float | None = None                     # a value to compare with, such as that of chance
+                  ) -> Picture:
+    "A mean and its interval for every row and series. A row may lack some of the series."
+    series = list(dict.fromkeys(name for values in found.values() for name in values))
+    if len(series) > 4: raise ValueError(f'plot_intervals: found {len(series)} series, expected at most 4')
+    picture = _picture(title, 6.4, 0.8 + 0.27 * len(found), 'constrained')
+    axes = picture.subplots()
+    _curve_axes(axes, '', xlabel)
+    if line is not None: axes.axvline(line, color=_GREY, linestyle=':', linewidth=1)
+    for i, (name, colour, mark) in enumerate(zip(series, (_BLUE, _VERMILLION, _GREEN, _GREY), 'os^D')):
+        rows, mean, low, high = np.array([(row, *values[name]) for row, values in enumerate(found.values()) if name in values]).T
+        axes.errorbar(mean, rows + 0.2 * (i - (len(series) - 1) / 2), xerr=(mean - low, high - mean), fmt=mark, color=colour,
+                      markersize=3.5, linewidth=1.2, label=name)
+    axes.set_yticks(range(len(found)), found, fontsize=8)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    return picture
