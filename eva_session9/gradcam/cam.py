@@ -288,7 +288,7 @@ def _checked_images(images):
     "Images that a network can be run on outside inference mode."
     expected = 'expected a float tensor (N, 3, H, W), normalised as in training'
     if not isinstance(images, Tensor): raise TypeError(f'images: found {type(images).__name__}, {expected}')
-    if images.ndim != 4 or not images.is_floating_point():
+    if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(f'images: found {images.dtype} {tuple(images.shape)}, {expected}')
     return images.clone() if images.is_inference() else images
 
