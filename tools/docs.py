@@ -1,7 +1,7 @@
 """Build the doc site into _docs, without a network: python tools/docs.py
 
-nbdev processes the notebooks (signatures, cross-links, hidden cells), and smalldocs renders what it wrote. Any warning, a
-page without a description and a picture without a text for those who cannot see it end the build with exit code 1."""
+nbdev processes the notebooks (signatures, cross-links, hidden cells), and smalldocs renders what it wrote. Any warning and
+any of the faults that faults.py looks for end the build with exit code 1."""
 import os
 import re
 import shutil
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import nbformat
 import yaml
+
+from faults import Page, faults
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, SITE = ROOT / '_stage', ROOT / '_docs'
@@ -88,13 +90,17 @@ def without_network():
         if local != text: path.write_text(local)
 
 
-def faults():
-    "What a reader would stumble over: a page without a description, a picture without a text."
-    for path in sorted(SITE.rglob('*.html')):
+def nearest_anchors():
+    "Lead a link to a method without a heading of its own to the heading of its class."
+    anchors = {path.name: Page(path).ids for path in SITE.glob('*.html')}
+
+    def nearest(match):
+        page, method, name = match.groups()
+        return match[0] if method in anchors.get(page, [method]) else f'href="{page}#{name}"'
+
+    for path in SITE.glob('*.html'):
         text = path.read_text()
-        if not re.search(r'<meta name="description" content="[^"]+', text): yield f'{path.name}: no description'
-        for image in re.findall(r'<img\b[^>]*>', text):
-            if not re.search(r'\balt="[^"]', image): yield f'{path.name}: a picture without alt text'
+        path.write_text(re.sub(r'href="([\w.]+\.html)#((\w+)\.\w+)"', nearest, text))
 
 
 def main():
@@ -104,7 +110,8 @@ def main():
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE / SITE.name, SITE)
     without_network()
-    problems = [*warnings, *faults()]
+    nearest_anchors()
+    problems = [*warnings, *faults(SITE)]
     for problem in problems: print(problem, file=sys.stderr)
     print(f'{len(list(SITE.glob("*.html")))} pages in {SITE.relative_to(ROOT)}, {len(problems)} problems')
     return int(bool(problems))
