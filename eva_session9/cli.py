@@ -316,13 +316,12 @@ def eva9_panel(
     with _one_line_errors('eva9_panel'):
         import tempfile
         data, weights = _panel_source(data, weights)
-        voila, port = _voila(), _free_port(port)
+        server, port = _server(not no_browser), _free_port(port)
         with tempfile.TemporaryDirectory(prefix='eva9-panel-') as folder:
             page = _write_page(Path(folder), data=data, root=root, weights=str(weights) if weights else None, limit=limit)
-            print(f'the panel is at http://127.0.0.1:{port}/ (Ctrl-C ends it)', flush=True)
-            options = {'ip': '127.0.0.1', 'port': port, 'port_retries': 0, 'open_browser': not no_browser, 'log_level': 'ERROR'}
-            voila.launch_instance([str(page), *(f'--Voila.{name}={value}' for name, value in options.items())],
-                                  tornado_settings={'websocket_max_message_size': 40 * 2**20})  # room for an image file
+            options = {'ip': '127.0.0.1', 'port': port, 'port_retries': 0, 'open_browser': True, 'log_level': 'ERROR'}
+            server.launch_instance([str(page), *(f'--Voila.{name}={value}' for name, value in options.items())],
+                                   tornado_settings={'websocket_max_message_size': 40 * 2**20})  # room for an image file
 
 # %% ../nbs/11_cli.ipynb #a115a10f
 def _panel_source(data, weights):
@@ -346,12 +345,16 @@ def _trained_on(weights):
     return found[1]
 
 # %% ../nbs/11_cli.ipynb #f1137ba0
-def _voila():
-    "The server, which comes with the extra `app`."
+def _server(open_browser):
+    "Voila, which comes with the extra `app`; it says its address as soon as it answers there."
     try: from voila.app import Voila
     except ImportError:
         raise ValueError("the page is served by Voila, which is not installed: pip install 'voila>=0.5.13,<0.6'") from None
-    return Voila
+    class Server(Voila):
+        def launch_browser(self):
+            print(f'the panel is at http://{self.ip}:{self.port}/ (Ctrl-C ends it)', flush=True)
+            if open_browser: super().launch_browser()
+    return Server
 
 def _free_port(port):
     "The port, if it can be served on; for 0 one that can."
