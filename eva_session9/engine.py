@@ -278,9 +278,12 @@ class Lookahead:
             self.slow[name].lerp_(fast, 1 - stay)
             fast.copy_(self.slow[name])
 
-    def state_dict(self): return {'slow': self.slow, 'done': self.done}
+    def state_dict(self) -> dict:
+        "The slow weights and the number of steps so far, to be stored in a checkpoint."
+        return {'slow': self.slow, 'done': self.done}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict): # from `state_dict`
+        "Go on where `state` was taken."
         self.done = state['done']
         for name, value in self.slow.items(): value.copy_(state['slow'][name])
 

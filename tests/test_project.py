@@ -179,17 +179,6 @@ def test_no_unsafe_load_and_no_silent_except(path):
     assert list(unsafe(TREES[path])) == []
 
 
-@each(SOURCES)
-def test_public_names_say_what_they_are(path):
-    public = [ast.literal_eval(node.value) for node in TREES[path].body
-              if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == '__all__']
-    for node in TREES[path].body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name not in sum(public, []): continue
-        first, *rest = (ast.get_docstring(node) or '').split('\n')
-        assert first, f'{module_name(path)}.{node.name} has no docstring'
-        assert not rest or not rest[0], f'{module_name(path)}.{node.name}: its docstring begins with more than one line'
-
-
 # Metadata
 
 def test_versions_agree():
