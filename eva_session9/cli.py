@@ -303,6 +303,7 @@ def eva9_summary(
         print(table, out / 'summary.txt', sep='\n')
 
 # %% ../nbs/11_cli.ipynb #428a3cd8
+_FROM_HERE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # what the page may load, and nothing from elsewhere
 @call_parse
 def eva9_panel(
     data: str = None,          # 'cifar10', 'shapes', or a folder with classes; if not given, what the model was trained on
@@ -320,8 +321,10 @@ def eva9_panel(
         with tempfile.TemporaryDirectory(prefix='eva9-panel-') as folder:
             page = _write_page(Path(folder), data=data, root=root, weights=str(weights) if weights else None, limit=limit)
             options = {'ip': '127.0.0.1', 'port': port, 'port_retries': 0, 'open_browser': True, 'log_level': 'ERROR'}
+            settings = {'websocket_max_message_size': 40 * 2**20,  # room for an image file
+                        'headers': {'Content-Security-Policy': _FROM_HERE}}
             server.launch_instance([str(page), *(f'--Voila.{name}={value}' for name, value in options.items())],
-                                   tornado_settings={'websocket_max_message_size': 40 * 2**20})  # room for an image file
+                                   tornado_settings=settings)
 
 # %% ../nbs/11_cli.ipynb #a115a10f
 def _panel_source(data, weights):

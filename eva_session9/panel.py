@@ -358,11 +358,11 @@ def lines_html(text: str) -> str: # anything
 
 # %% ../nbs/10_panel.ipynb #7730f935
 def thumbnail_label(index: int, table: Table, classes: Sequence[str], label: str) -> str: # which image, and what it is
-    "Lines for under a thumbnail: its number, the prediction and its confidence, and what it is."
+    "Lines for under a thumbnail: its number and the confidence, the prediction, and what it is."
     k = table.predicted[index]
     if k < 0: return f'#{index}\nis {label}'
     verdict = 'right' if k == table.true[index] else f'is {label}'
-    return f'#{index}\n{classes[k]} {table.confidence[index]:.0%}\n{verdict}'
+    return f'#{index} {table.confidence[index]:.0%}\n{classes[k]}\n{verdict}'
 
 def question(view: View, picked: Picked, classes: Sequence[str]) -> str:
     "What the heatmaps answer."
@@ -643,6 +643,12 @@ _CSS = Template('''<style>
   --jp-widgets-input-color: #111; --jp-widgets-input-background-color: #fff; --jp-widgets-input-border-color: #767676;
   --jp-ui-font-color1: #111; --jp-layout-color1: #fff; --jp-layout-color2: #e8e8e8; --jp-layout-color3: #ccc; }
 .eva9 img { image-rendering: pixelated; }
+.eva9 .widget-label { text-align: left; }
+.eva9 .widget-hslider .widget-readout { min-width: 84px; }
+.eva9 .eva9-title { font-size: 15px; font-weight: bold; }
+.eva9 a { color: #0072B2; text-decoration: underline; }
+.eva9 .widget-upload { font-size: 0; }
+.eva9 .widget-upload::before { content: 'Open an image' / ''; font-size: var(--jp-widgets-font-size); }
 .eva9 :focus-visible { outline: 3px solid #D55E00; }
 .eva9 .eva9-grid { position: relative; width: ${page}px; flex: none; overflow: hidden; }
 .eva9 .eva9-grid > * { margin: 0 !important; }
@@ -650,23 +656,24 @@ _CSS = Template('''<style>
 .eva9 .eva9-grid .widget-radio-box { display: grid; margin: 0 !important;
   grid-template-columns: repeat($columns, ${cell}px); }
 .eva9 .eva9-grid .widget-radio-box label { position: relative; box-sizing: border-box; width: ${cell}px; height: ${row}px; margin: 0;
-  cursor: pointer; padding: ${below}px 1px 0; overflow: hidden; font-size: 10.5px; line-height: 14px;
+  cursor: pointer; padding: ${below}px 1px 0; overflow: hidden; text-overflow: ellipsis; display: block; font-size: 10.5px; line-height: 14px;
   text-align: center; white-space: pre; }
 .eva9 .eva9-grid input { position: absolute; top: 0; left: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
   cursor: pointer; }
-.eva9 .eva9-grid .widget-radio-box label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; font-weight: bold; }
+.eva9 .eva9-grid .widget-radio-box label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; }
 .eva9 .eva9-grid .widget-radio-box label:has(:focus-visible) { outline: 3px dashed #D55E00; outline-offset: -3px; }
 .eva9 .eva9-classes .widget-radio-box label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer; }
 .eva9 .eva9-classes .widget-radio-box label:has(:checked) { font-weight: bold; }
 </style>''').substitute(cell=CELL[0], row=CELL[1], below=THUMB + 2, columns=COLUMNS, page=COLUMNS * CELL[0])
 
-def _dropdown(label, value, options):
-    return widgets.Dropdown(description=label, options=options, value=value, style={'description_width': '110px'})
+def _dropdown(label, value, options, label_width='initial', width='auto'):
+    return widgets.Dropdown(
+        description=label, options=options, value=value, style={'description_width': label_width}, layout={'width': width})
 
 def _number(label):
     "A number from 1; arrow keys change it."
     return widgets.BoundedIntText(
-        1, 1, 1, description=label, style={'description_width': '50px'}, layout={'width': '150px'})
+        1, 1, 1, description=label, style={'description_width': 'initial'}, layout={'width': '120px'})
 
 def _set_number(number, value, count):
     "The value, and how far it can go, in one message."
@@ -684,25 +691,28 @@ def _list_controls(view, classes):
         'predicted': _dropdown('Predicted class', view.predicted, names),
         'confidence': widgets.FloatRangeSlider(
             value=view.confidence, min=0, max=1, step=0.01, description='Confidence', continuous_update=False,
-            style={'description_width': '110px'}),
+            style={'description_width': 'initial'}),
         'order': _dropdown('Order', view.order, list(ORDERS)),
         'place': _number('Image')}
+
+_LABEL = '90px'  # width of the labels before the controls that make the heatmaps
 
 def _map_controls(view, stages):
     "A control for each field of `View` that makes the heatmaps; for the layers a box each."
     def box(text, value): return widgets.Checkbox(value, description=text, indent=False, layout={'width': 'auto'})
+    dropdown = partial(_dropdown, label_width=_LABEL, width='300px')
     return {
         'own': widgets.FileUpload(accept='.png,.jpg,.jpeg,.webp', description='Open an image', icon='',
                                   layout={'width': 'auto'}),
         'explain': widgets.RadioButtons(
             options=(), layout={'width': '280px', 'max_height': '420px', 'overflow': 'auto'}),
         'difference': box('Predicted minus true', view.difference),
-        'method': _dropdown('Method', view.method, list(METHODS)),
+        'method': dropdown('Method', view.method, list(METHODS)),
         'layers': {name: box(f'{name} ({h} x {w})', name in view.layers) for name, (_, h, w) in stages.items()},
         'alpha': widgets.FloatSlider(view.alpha, min=0, max=1, step=0.05, description='Opacity',
-                                     style={'description_width': '110px'}),
-        'cmap': _dropdown('Colour map', view.cmap, ['inferno', 'viridis', 'cividis', 'magma', 'gray']),
-        'cells': _dropdown('Drawn', view.cells, [('smooth', False), ('as cells', True)])}
+                                     style={'description_width': _LABEL}),
+        'cmap': dropdown('Colour map', view.cmap, ['inferno', 'viridis', 'cividis', 'magma', 'gray']),
+        'cells': dropdown('Drawn', view.cells, [('smooth', False), ('as cells', True)])}
 
 # %% ../nbs/10_panel.ipynb #3bd2f6ac
 class HeatmapPanel:
@@ -769,10 +779,11 @@ def _classify(self: HeatmapPanel, work):
 @patch
 def _repeat(self: HeatmapPanel, times=3):
     "Send everything again, a second apart: a page that is still loading can miss what it is told."
+    pause, parts = time.sleep, _inside(self.widget)
     for _ in range(times):
-        time.sleep(1)
+        pause(1)
         with self.lock:
-            for widget in _inside(self.widget): widget.send_state()
+            for widget in parts: widget.send_state()
 
 def _inside(widget):
     "The widget and all in it."
@@ -790,10 +801,10 @@ def _build(self: HeatmapPanel):
         widgets.Button(description=text, layout={'width': 'auto'}) for text in labels)
     self.count, self.message, self.title, self.saved, self.bars = (widgets.HTML() for _ in range(5))
     self.progress = widgets.IntProgress(0, 0, len(e.images), description='Classifying', layout={'display': 'none'})
-    self.passes = widgets.IntProgress(0, layout={'display': 'none'})
+    self.passes = widgets.IntProgress(0, layout={'display': 'none', 'width': '200px'})
     self.sprite = widgets.Image(format='png', layout={'width': width})
     self.pictures = [widgets.VBox([widgets.Image(format='png', layout={'width': '192px'}), widgets.HTML()],
-                                  layout={'width': '204px'}) for _ in range(1 + len(e.stages))]
+                                  layout={'width': '196px'}) for _ in range(1 + len(e.stages))]
     self._connect()
     self._arrange()
 
@@ -805,25 +816,28 @@ def _arrange(self: HeatmapPanel):
     c = self.controls
     filters = widgets.HBox([c[name] for name in ('show', 'true', 'predicted', 'confidence', 'order')], layout=_WRAPPED)
     grid = widgets.Box([self.sprite, self.thumbs])
-    paging, places = widgets.HBox([self.previous, self.next, self.count]), widgets.HBox([self.page_number, c['place']])
-    left = widgets.VBox([paging, places, grid], layout={'flex': 'none'})
-    body = widgets.HBox([left, self._arrange_image()], layout=_WRAPPED)
+    paging = widgets.HBox([self.previous, self.next, self.count])
+    places = widgets.HBox([self.page_number, c['place']], layout=_WRAPPED)
+    left = widgets.VBox([paging, places, grid], layout={'max_width': '100%', 'overflow': 'auto'})
+    body = widgets.HBox([left, self._arrange_image()], layout=_WRAPPED | {'margin': '8px 0 0'})
     self.widget = widgets.VBox([widgets.HTML(_CSS), self.bars, filters, body])
     names = [(self.widget, 'eva9'), (self.widget, f'eva9-{self.widget.model_id}'), (grid, 'eva9-grid'),
-             (self.row, 'eva9-pictures'), (c['explain'], 'eva9-classes')]
+             (self.row, 'eva9-pictures'), (self.title, 'eva9-title'), (c['explain'], 'eva9-classes')]
     for widget, name in names: widget.add_class(name)
 
 @patch
 def _arrange_image(self: HeatmapPanel):
     "Messages, the image with its heatmaps, and below them the classes and how the heatmaps are made."
-    c, self.row = self.controls, widgets.HBox(layout=_WRAPPED)
-    working = widgets.HBox([self.progress, self.passes, self.cancel])
-    layers = widgets.HBox([widgets.Label('Layers'), *c['layers'].values()], layout=_WRAPPED)
+    c, self.row = self.controls, widgets.HBox(layout=_WRAPPED | {'grid_gap': '4px 12px'})
+    state = widgets.HBox([self.message, self.progress, self.passes, self.cancel], layout=_WRAPPED | {'min_height': '32px', 'align_items': 'center'})
+    boxes = widgets.HBox([*c['layers'].values()], layout=_WRAPPED | {'flex': '1 1 0', 'grid_gap': '0 16px'})
+    layers = widgets.HBox([widgets.Label('Layers', layout={'width': _LABEL}), boxes])
     files = widgets.HBox([c['own'], self.save, self.saved], layout=_WRAPPED)
-    made = [c[name] for name in ('method', 'alpha', 'cmap', 'cells', 'difference')]
-    below = widgets.HBox([c['explain'], widgets.VBox([*made, layers, files])], layout=_WRAPPED)
-    parts, layout = [self.message, working, self.title, self.row, below], {'flex': '1 1 0', 'min_width': '420px'}
-    return widgets.VBox(parts, layout=layout)
+    asked = widgets.VBox([widgets.Label('Class to explain, and its probability'), c['explain'], c['difference']])
+    made = widgets.VBox([*(c[name] for name in ('method', 'alpha', 'cmap', 'cells')), layers, files],
+                        layout={'flex': '1 1 310px', 'min_width': '0', 'grid_gap': '4px'})
+    below = widgets.HBox([asked, made], layout=_WRAPPED | {'margin': '12px 0 0'})
+    return widgets.VBox([state, self.title, self.row, below], layout={'flex': '1 1 420px', 'min_width': '0'})
 
 # %% ../nbs/10_panel.ipynb #8b85f873
 @patch
@@ -1003,6 +1017,7 @@ def wait(self: HeatmapPanel):
     for name in ('classifying', 'computing'):
         work = getattr(self, name)
         if work: work.join()
+    with self.lock: pass  # until the last of it is drawn
 
 @patch
 def _repr_mimebundle_(self: HeatmapPanel, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
