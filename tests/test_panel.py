@@ -1,6 +1,8 @@
 "The panel, driven from Python: what a person chooses arrives, as the right pixels and words, and nothing breaks it."
+import os
 import re
 import struct
+import time
 import zlib
 from base64 import b64decode
 from dataclasses import fields
@@ -18,8 +20,11 @@ from torch import nn
 from eva_session9.data import ImageSet, shapes
 from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
-from eva_session9.panel import ORDERS, Explorer, HeatmapPanel, View, select, signed_heat, takes_many_passes, watched
+from eva_session9.models.resnet import resnet18
+from eva_session9.panel import (
+    ORDERS, Explorer, HeatmapPanel, View, default_model_and_images, default_source, select, signed_heat, takes_many_passes, watched)
 from eva_session9.preprocessing import loader, test_transforms as transforms
+from eva_session9.save_load import save_model
 from eva_session9.visual import overlay
 
 IMAGES = shapes(60, seed=3)
@@ -107,6 +112,20 @@ def test_lists_hold_what_was_asked_in_the_order_asked(show, order):
     inside = (table.confidence >= 0.2) & (table.confidence <= 0.9)
     assert sorted(found) == np.flatnonzero(verdict & (table.true == 3) & inside).tolist()
     assert (np.diff(sign * getattr(table, column)[found]) >= 0).all()
+
+
+FIRST = {  # what an order says comes first -> what is then smallest
+    'most confident first': lambda t: -t.confidence, 'least confident first': lambda t: t.confidence,
+    'largest loss first': lambda t: -t.loss, 'smallest loss first': lambda t: t.loss,
+    'smallest margin first': lambda t: t.margin, 'largest margin first': lambda t: -t.margin,
+    'as in the set': lambda t: t.index}
+
+
+@pytest.mark.parametrize('order', ORDERS)
+def test_an_order_is_what_it_says(order):
+    table = random_table().table
+    found = select(View(show='all', order=order), table)
+    assert (found == np.argsort(FIRST[order](table), kind='stable')).all()
 
 
 def test_predicted_and_true_class_can_be_asked_together():
@@ -554,3 +573,28 @@ def test_what_cannot_be_right_is_refused(model):
 def test_with_nothing_to_show_it_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match='run `eva9_train --data shapes`'): HeatmapPanel()
+
+
+def trained(folder, days):
+    "A model as `eva9_train --data shapes` leaves it, so many days ago."
+    file = folder/'model.safetensors'
+    save_model(resnet18(), file, dict(architecture='resnet18', classes=list(IMAGES.classes), mean=MEAN, std=STD, size=32,
+                                      command='eva9_train --data shapes'))
+    os.utime(file.with_suffix('.json'), (time.time() - 86400 * days,) * 2)
+    return file
+
+
+def test_with_nothing_given_it_takes_cifar10_or_else_the_newest_run(tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    files = [trained(tmp_path/name, days) for name, days in [('a', 3), ('b', 1), ('c', 2)]]
+    assert default_source() == ('shapes', files[1].relative_to(tmp_path))
+    (cache/'eva_session9'/'cifar-10-batches-py').mkdir(parents=True)
+    assert default_source() == ('cifar10', None)
+
+
+@pytest.mark.skipif('EVA9_CIFAR10' not in os.environ, reason='EVA9_CIFAR10 does not name the folder of CIFAR-10')
+def test_with_nothing_given_and_cifar10_there(cache):
+    cache.mkdir()
+    (cache/'eva_session9').symlink_to(os.environ['EVA9_CIFAR10'], target_is_directory=True)
+    model, images = default_model_and_images()
+    assert len(images) == 10_000 and model.card['classes'] == list(images.classes)
