@@ -1,11 +1,14 @@
 """Build the doc site into _docs, without a network: python tools/docs.py
 
 nbdev processes the notebooks (signatures, cross-links, hidden cells), and smalldocs renders what it wrote. Any warning and
-any of the faults that faults.py looks for end the build with exit code 1."""
+any of the faults that faults.py looks for end the build with exit code 1. Three pages are made here: every public name of
+the library, CONTRIBUTING.md and CHANGELOG.md."""
+import inspect
 import os
 import re
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -15,6 +18,9 @@ from faults import Page, faults
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, SITE = ROOT / '_stage', ROOT / '_docs'
+FILES = {  # of the repository -> what its page is about
+    'CONTRIBUTING': 'How the library is built, why it has this form, and how to change it.',
+    'CHANGELOG': 'What each version brought.'}
 NOT_OF_SMALLDOCS = ('output-file', 'jupyter', 'execute')  # keys that nbdev writes into a page's head
 
 
@@ -36,8 +42,10 @@ def processed():
 
 def relinked(text, home, source):
     "Links to the published site, to notebooks and to files of the repository, as they are to be inside the site."
+    text = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\]\(', r'[\1](', text)  # a link in the text of a link: the outer one was written
     text = text.replace(home, '').replace('.html.md', '.html')
     text = re.sub(r'\]\(([\w.]+\.ipynb)(#[\w-]+)?\)', lambda m: f'](./{number(m[1])}{m[2] or ""})', text)
+    text = re.sub(rf"\]\(\.\./({'|'.join(FILES)})\.md\)", lambda m: f'](./{m[1].lower()}.md)', text)
     return re.sub(r'\]\(\.\./([^)]*)\)', lambda m: f']({source}/{m[1]})', text)
 
 
@@ -67,6 +75,32 @@ def staged(path, home, source):
     return notebook
 
 
+def page(name, title, description, text):
+    "Write a page that has no notebook."
+    (STAGE / f'{name}.md').write_text(f'---\ntitle: {title}\ndescription: {description}\n---\n\n{text}')
+
+
+def api(modules):
+    "Every public name with the first line of its docstring, by module."
+    for name in modules:
+        module = import_module(f'eva_session9.{name}')
+        yield f'\n## [{name}]({name}.ipynb)\n'
+        for symbol in (getattr(module, symbol) for symbol in module.__all__):
+            if not inspect.isroutine(symbol) and not inspect.isclass(symbol): continue
+            said = inspect.getdoc(symbol).partition('\n')[0]
+            yield f'- [`{symbol.__name__}`]({name}.ipynb#{symbol.__name__.lower()}): {said}'
+
+
+def made_pages(cache):
+    "The pages that have no notebook, and their places in the sidebar."
+    modules = [number(path.name).removesuffix('.ipynb') for path in sorted(cache.glob('[0-9]*.ipynb'))]
+    page('api', 'API', 'Every public name of the library, by module, and what it is.', '\n'.join(api(modules)))
+    for name, description in FILES.items():
+        title, _, text = (ROOT / f'{name}.md').read_text().removeprefix('# ').partition('\n')
+        page(name.lower(), title, description, text)
+    return [{'section': 'API', 'contents': ['api.md']}, {'section': 'Project', 'contents': [f'{name.lower()}.md' for name in FILES]}]
+
+
 def stage(cache):
     "Everything that smalldocs needs in one folder."
     shutil.rmtree(STAGE, ignore_errors=True)
@@ -78,8 +112,9 @@ def stage(cache):
     for path in sorted(cache.glob('*.ipynb')):
         notebook = staged(path, f"{site['site-url']}/", f"{site['repo-url']}/blob/{site['repo-branch']}")
         nbformat.write(notebook, STAGE / number(path.name))
-    sidebar = (STAGE / 'sidebar.yml').read_text()
-    (STAGE / 'sidebar.yml').write_text(re.sub(r'[\w.]+\.ipynb', lambda m: number(m[0]), sidebar))
+    sidebar = yaml.safe_load(re.sub(r'[\w.]+\.ipynb', lambda m: number(m[0]), (STAGE / 'sidebar.yml').read_text()))
+    sidebar['website']['sidebar']['contents'] += made_pages(cache)
+    (STAGE / 'sidebar.yml').write_text(yaml.safe_dump(sidebar))
 
 
 def without_network():

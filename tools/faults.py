@@ -27,25 +27,40 @@ class Page(HTMLParser):
 
 
 def inside(page):
-    "The page's references into the site: (as written, path, anchor)."
+    "The page's references into the site: (as written, file, anchor)."
     for reference in page.references:
         parts = urlsplit(reference)
-        if not parts.scheme and not parts.netloc: yield reference, unquote(parts.path), unquote(parts.fragment)
+        if parts.scheme or parts.netloc: continue
+        target = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path
+        yield reference, target / 'index.html' if target.is_dir() else target, unquote(parts.fragment)
+
+
+def read(site):
+    "Path -> `Page`, for every page of the site."
+    return {path: Page(path) for path in sorted(site.resolve().rglob('*.html'))}
+
+
+def weight(page, site):
+    "Bytes of the page and the pictures that are its own."
+    files = {target for _, target, _ in inside(page) if target.is_file() and target.suffix != '.html'}
+    own = [file for file in files if not str(file.relative_to(site.resolve())).startswith(SHARED)]
+    return sum(file.stat().st_size for file in [page.path, *own])
+
+
+def weights(site):
+    "Page name -> `weight`."
+    return {path.name: weight(page, site) for path, page in read(site).items()}
 
 
 def faults(site):
     "One line a fault."
-    pages = {path.resolve(): Page(path) for path in sorted(site.rglob('*.html'))}
+    pages = read(site)
     for path, page in pages.items():
-        own = {path}
-        for written, to, anchor in inside(page):
-            target = (path.parent / to).resolve() if to else path
-            if target.is_dir(): target /= 'index.html'
+        for written, target, anchor in inside(page):
             if not target.is_file(): yield f'{path.name}: {written} leads to no file'
             elif target in pages and anchor and anchor not in pages[target].ids: yield f'{path.name}: {written} leads to no anchor'
-            elif target not in pages and not to.startswith(SHARED): own.add(target)
-        weight, limit = sum(file.stat().st_size for file in own), LIMITS.get(path.name, LIMIT)
-        if weight > limit: yield f'{path.name}: {weight:,} bytes, expected at most {limit:,}'
+        heavy, limit = weight(page, site), LIMITS.get(path.name, LIMIT)
+        if heavy > limit: yield f'{path.name}: {heavy:,} bytes, expected at most {limit:,}'
         if not page.description: yield f'{path.name}: no description'
         if page.untold: yield f'{path.name}: {page.untold} pictures without alt text'
 
