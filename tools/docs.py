@@ -4,10 +4,12 @@ nbdev processes the notebooks (signatures, cross-links, hidden cells), and small
 any of the faults that faults.py looks for end the build with exit code 1. Three pages are made here: every public name of
 the library, CONTRIBUTING.md and CHANGELOG.md."""
 import inspect
+import json
 import os
 import re
 import shutil
 import sys
+from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 
@@ -125,6 +127,37 @@ def without_network():
         if local != text: path.write_text(local)
 
 
+class Prose(HTMLParser):
+    "The words below each heading of a page, by its anchor, without code."
+    code = {'pre', 'script', 'style', 'nav', 'button'}
+
+    def __init__(self, path):
+        super().__init__()
+        self.anchor, self.silent, self.words = '', 1, {}
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.silent += (tag in self.code) - (tag == 'main')
+        if tag in ('section', 'h2', 'h3', 'h4') and dict(attrs).get('id'): self.anchor = dict(attrs)['id']
+
+    def handle_endtag(self, tag): self.silent -= (tag in self.code) - (tag == 'main')
+
+    def handle_data(self, data):
+        if not self.silent: self.words.setdefault(self.anchor, []).extend(data.split())
+
+
+def quick_search():
+    "Search names and prose, not code, and without waiting for more letters: half of the text is code, and slows each answer."
+    pages, index, script = {}, SITE / 'search.json', SITE / 'site_libs/smalldocs.js'
+    entries = json.loads(index.read_text())
+    for entry in entries:
+        name, _, anchor = entry['href'].partition('#')
+        if name not in pages: pages[name] = Prose(SITE / name).words
+        entry['text'] = ' '.join(pages[name].get(anchor, [])) or entry['text']
+    index.write_text(json.dumps(entries, ensure_ascii=False))
+    script.write_text(script.read_text().replace('setTimeout(run, 120)', 'setTimeout(run, 20)'))
+
+
 def nearest_anchors():
     "Lead a link to a method without a heading of its own to the heading of its class."
     anchors = {path.name: Page(path).ids for path in SITE.glob('*.html')}
@@ -146,6 +179,7 @@ def main():
     shutil.move(STAGE / SITE.name, SITE)
     without_network()
     nearest_anchors()
+    quick_search()
     problems = [*warnings, *faults(SITE)]
     for problem in problems: print(problem, file=sys.stderr)
     print(f'{len(list(SITE.glob("*.html")))} pages in {SITE.relative_to(ROOT)}, {len(problems)} problems')
