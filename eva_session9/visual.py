@@ -31,6 +31,12 @@ from .lr_finder import LRCurve
 # %% ../nbs/09_visual.ipynb #cd4aa6dc
 class Picture(Figure):
     "A matplotlib `Figure` that a notebook shows without pyplot; where no image can be shown it reads as its title."
+    def __init__(self,
+                 size: tuple[float, float], # width and height, inches
+                 **options):                # of `Figure`
+        "An empty page."
+        super().__init__(size, **options)
+
     def _repr_png_(self):
         full, small = BytesIO(), BytesIO()
         self.savefig(full, format='png')

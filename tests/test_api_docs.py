@@ -58,5 +58,6 @@ def test_every_parameter_is_documented(name):
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if not overrides(name)])
+@pytest.mark.filterwarnings('error')
 def test_nbdev_can_show_it(name):
     assert PUBLIC[name].__name__ in show_doc(PUBLIC[name])._repr_markdown_()
