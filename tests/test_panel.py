@@ -14,6 +14,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -22,7 +23,7 @@ from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
 from eva_session9.models.resnet import resnet18
 from eva_session9.panel import (
-    ORDERS, Explorer, HeatmapPanel, View, default_model_and_images, default_source, select, signed_heat, takes_many_passes, watched)
+    ORDERS, Explorer, HeatmapPanel, View, default_model_and_images, default_source, select, takes_many_passes, watched)
 from eva_session9.preprocessing import loader, test_transforms as transforms
 from eva_session9.save_load import save_model
 from eva_session9.visual import overlay
@@ -184,7 +185,8 @@ def test_the_difference_is_predicted_minus_true(panel, model):
     choose(panel, difference=True, alpha=1)
     picked = panel.explorer.pick(panel.view)
     raw = METHODS['GradCAM'](model, ['layer3'])(inputs()[picked.key:picked.key + 1], 'all').raw['layer3'][0]
-    heatmap = signed_heat(raw[picked.predicted] - raw[picked.true], (32, 32)).clamp(0, 1)
+    difference = F.interpolate((raw[picked.predicted] - raw[picked.true])[None, None], (32, 32), mode='bilinear')[0, 0]
+    heatmap = (1 + difference / difference.abs().max()) / 2  # zero is the middle of the scale
     assert abs(on_screen(panel)[3] - overlay(picked.pixels, heatmap, 1, 'RdBu_r').astype(int)).max() <= 2
     assert 'red speaks for' in panel.title.value and 'raw from' in captions(panel)[3]
     panel.controls['explain'].value = 2
@@ -414,6 +416,7 @@ def empty_png(width, height):
 
 @pytest.mark.parametrize('name, content, reason', [
     ('big.png', partial(empty_png, 12_000, 12_000), 'big.png: 12000 x 12000 pixels'),
+    ('heavy.png', partial(bytes, 32 * 2**20 + 1), 'heavy.png: has more than'),
     ('notes.png', b'dear diary', 'notes.png: is no PNG, JPEG or WebP image'),
     ('cut.png', empty_png(64, 64)[:60], 'cut.png: is damaged'),
     ('nothing.png', b'', 'nothing.png: is no PNG, JPEG or WebP image'),
