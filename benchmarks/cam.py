@@ -230,17 +230,17 @@ def main():
     show(sections['saved for backward'])
     sections['EigenCAM'] = eigen(model, args.rounds, args.clock)
     show(sections['EigenCAM'])
-    shipped = trained()
+    shipped, sha256 = trained(), ''
     if shipped is None: print('bfloat16: skipped; it needs the shipped weights and, at EVA9_CIFAR10, CIFAR-10')
     else:
-        sections['bfloat16'] = bfloat16(*shipped, args.rounds, args.clock)
+        sections['bfloat16'], sha256 = bfloat16(*shipped, args.rounds, args.clock), shipped[0].card['sha256']
         show(sections['bfloat16'])
     if args.out:
         batches = ' '.join(map(str, args.batch))
         threads = f' --threads {args.threads}' if args.threads else ''
         command = f'python benchmarks/cam.py --batch {batches} --rounds {args.rounds} --clock {args.clock}{threads}'
         result = {**sections, 'rounds': args.rounds, 'clock': args.clock, 'hardware': machine, 'versions': versions(),
-                  'load': os.getloadavg()[0], 'seconds': round(time.perf_counter() - start), 'command': command}
+                  'load': os.getloadavg()[0], 'weights_sha256': sha256, 'seconds': round(time.perf_counter() - start), 'command': command}
         args.out.write_text(json.dumps(result, indent=1) + '\n')
 
 

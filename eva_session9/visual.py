@@ -292,8 +292,8 @@ def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> at mos
                    xlabel: str,                                  # what was measured
                    line: float | None = None                     # a value to compare with, such as that of chance
                   ) -> Picture:
-    "A mean and its interval for every row and series. A row may lack some of the series."
-    series = list(dict.fromkeys(name for values in found.values() for name in values))
+    "A mean and its interval for every row and series, the series in the order of their names. A row may lack some."
+    series = sorted({name for values in found.values() for name in values})
     if len(series) > 4: raise ValueError(f'plot_intervals: found {len(series)} series, expected at most 4')
     picture = _picture(title, 6.4, 0.8 + 0.27 * len(found), 'constrained')
     axes = picture.subplots()
