@@ -8,6 +8,7 @@ import pytest
 from nbdev.config import get_config
 
 import eva_session9
+from eva_session9.save_load import pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'eva_session9'
@@ -212,6 +213,15 @@ def test_readme_is_short_and_its_links_lead_somewhere():
 
 
 # Notebooks
+
+def test_the_table_in_the_readme_is_what_the_results_say(monkeypatch):
+    monkeypatch.chdir(ROOT / 'nbs')
+    cells = code_cells(ROOT / 'nbs/index.ipynb')
+    source, = (''.join(cell['source']) for cell in cells if 'def result(' in ''.join(cell['source']))
+    names = {'model': pretrained(), 'json': json, 'Path': Path, 'Markdown': str}
+    exec(source, names)
+    assert names['table'].replace('](', '](nbs/') in (ROOT / 'README.md').read_text(encoding='utf-8')
+
 
 @each(NOTEBOOKS)
 def test_notebook_is_whole(path):
