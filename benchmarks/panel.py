@@ -188,8 +188,8 @@ def main():
         if args.browser: rows += browser(200, args.actions)
     if args.out:
         command = f'python benchmarks/panel.py --images {args.images} --actions {args.actions}{" --browser" * args.browser}'
-        result = {'latency': rows, 'images': what, 'hardware': machine, 'versions': versions(),
-                  'seconds': round(time.perf_counter() - start, 1), 'command': command}
+        result = {'latency': rows, 'images': what, 'weights_sha256': pretrained().card['sha256'], 'hardware': machine,
+                  'versions': versions(), 'seconds': round(time.perf_counter() - start, 1), 'command': command}
         args.out.write_text(json.dumps(result, indent=1) + '\n')
 
 

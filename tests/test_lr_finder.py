@@ -122,7 +122,9 @@ class Interrupted:
     def __iter__(self):
         for step, batch in enumerate(self.batches):
             if step == 7 and self.how == 'error': raise OSError('the disk is gone')
-            if step == 7 and self.how == 'ctrl-c': os.kill(os.getpid(), signal.SIGINT)
+            if step == 7 and self.how == 'ctrl-c':
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
+                os.kill(os.getpid(), signal.SIGINT)
             yield batch
 
 
