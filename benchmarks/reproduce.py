@@ -14,8 +14,8 @@ left and down and right, at half the weight (as airbench has it).
 import argparse
 import json
 import math
+import shlex
 import statistics
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eva_session9.cli import _config, _loaders, _sets
+from eva_session9.cli import _config, _loaders, _save_trained, _sets
 from eva_session9.config import config_from, hardware, pick_device, seed_everything, versions
 from eva_session9.engine import fit, forward
 from eva_session9.models.resnet import make_model
@@ -71,13 +71,23 @@ def accuracies(model, batches, precision):
     return {way: right / n for way, right in correct.items()}
 
 
-def one_run(config, train_set, test_set, keep):
+def kept(model, train_set, history, tested, command, out):
+    "Write the model with its card and the record, as `eva9_train` does."
+    history.command = command
+    history.weights_sha256 = _save_trained(model, train_set, history, tested, out)['sha256']
+    history.save(out / 'history.json')
+
+
+def one_run(config, train_set, test_set, keep, command):
     "Train with the recipe's seed, and test once."
     train_batches, test_batches = _loaders(config, train_set, test_set)
     seed_everything(config.seed)
     model = make_model(config.architecture, len(train_set.classes))
-    history = fit(model, train_batches, None, config, out=keep and Path(keep) / f'seed-{config.seed}', resume=True)
-    return {'seed': config.seed, 'accuracy': accuracies(model, test_batches, history.precision),
+    out = keep and Path(keep) / f'seed-{config.seed}'
+    history = fit(model, train_batches, None, config, out=out, resume=True)
+    accuracy = accuracies(model, test_batches, history.precision)
+    if out: kept(model, train_set, history, {'accuracy': accuracy['plain'], 'tested_on': len(test_set)}, command, out)
+    return {'seed': config.seed, 'accuracy': accuracy,
             'seconds': round(history.seconds, 2), 'precision': history.precision, 'history': history.epochs}
 
 
@@ -91,6 +101,13 @@ def summary(values):
             'interval95': [round(mean - half, 5), round(mean + half, 5)]}
 
 
+def command(args):
+    "The command line that repeats the measurement, without this machine's folders."
+    given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds, '--hold-out': args.hold_out}
+    words = [word for flag, value in given.items() if value for word in (flag, str(value))]
+    return shlex.join(['python', 'benchmarks/reproduce.py', *words, *(word for setting in args.set for word in ('--set', setting))])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default='fast', help="'session9', 'fast', 'laptop', or a .json file of fields (default fast)")
@@ -100,7 +117,7 @@ def main():
     parser.add_argument('--root', help='folder of the CIFAR-10 files')
     parser.add_argument('--limit', type=int, help='use a sample of so many training and so many test images')
     parser.add_argument('--hold-out', type=int, default=0, metavar='N', help='test on N images held out of the training set')
-    parser.add_argument('--keep', help='folder for checkpoints; with it, a run that was cut goes on')
+    parser.add_argument('--keep', help='folder for checkpoints and models; with it, a run that was cut goes on')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file, after each seed')
     args = parser.parse_args()
     config = changed(_config(args.config), args.set)
@@ -108,12 +125,12 @@ def main():
     if args.hold_out: sets = held_out(sets[0], args.hold_out)
     runs, start = [], time.perf_counter()
     for seed in range(42, 42 + args.seeds):
-        runs.append(one_run(replace(config, seed=seed), *sets, args.keep))
+        runs.append(one_run(replace(config, seed=seed), *sets, args.keep, command(args)))
         ways = {way: summary([run['accuracy'][way] for run in runs]) for way in runs[0]['accuracy']}
         result = {**ways.pop('plain'), 'test_time_augmentation': ways, 'tested_on': len(sets[1]), 'held_out': bool(args.hold_out),
                   'seconds_a_run': round(statistics.median(run['seconds'] for run in runs), 2), 'config': asdict(config), 'runs': runs,
                   'hardware': hardware(pick_device()), 'versions': versions(), 'seconds': round(time.perf_counter() - start, 1),
-                  'command': ' '.join(['python', *sys.argv])}
+                  'command': command(args)}
         if args.out: args.out.write_text(json.dumps(result, indent=1) + '\n')
         print(seed, runs[-1]['accuracy'], f"{runs[-1]['seconds']} s", flush=True)
     print(json.dumps({name: value for name, value in result.items() if name != 'runs'}, indent=1))

@@ -103,7 +103,8 @@ def eva9_train(
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
         evaluation = test(model, test_batches, history.precision)
         history.command = _command('eva9_train', data, config, epochs=epochs, limit=limit)
-        history.weights_sha256 = _save_trained(model, sets[0], history, evaluation, out)['sha256']
+        tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
+        history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')
         _draw(_training_figures(model, sets, train_batches, history, evaluation), out)
         print(f'test accuracy {evaluation.accuracy:.2%} after {len(history.epochs)} epochs; everything is in {out}/')
@@ -115,7 +116,7 @@ def _command(name, data, config, **given):
     flags = [(f'--{flag}', str(value)) for flag, value in given.items() if value is not None]
     return shlex.join([name, *(word for flag in flags for word in flag)])
 
-def _save_trained(model, images, history, evaluation, out):
+def _save_trained(model, images, history, tested, out):
     "Write the model with its card, and give the card."
     from dataclasses import asdict
     from eva_session9.save_load import save_model
@@ -123,7 +124,7 @@ def _save_trained(model, images, history, evaluation, out):
     return save_model(model, out / 'model.safetensors', dict(
         architecture=history.config.architecture, classes=list(images.classes), mean=mean, std=std,
         size=images.images.shape[1], recipe=asdict(history.config), precision=history.precision,
-        accuracy=evaluation.accuracy, tested_on=len(evaluation.labels), command=history.command, versions=history.versions))
+        **tested, command=history.command, versions=history.versions))
 
 # %% ../nbs/11_cli.ipynb #bfeb1f58
 def _training_figures(model, sets, train_batches, history, evaluation):

@@ -10,6 +10,7 @@ __all__ = ['train_step', 'forward', 'Scores', 'train', 'Evaluation', 'test', 'fa
 
 # %% ../nbs/06_engine.ipynb #cbdb2027
 import copy
+import ctypes
 import json
 import time
 import warnings
@@ -246,8 +247,8 @@ class Muon(torch.optim.SGD):
 def orthogonal(matrix: Tensor, # (M, N)
                steps: int = 3  # of the iteration
               ) -> Tensor:     # (M, N), in the type of the matrix; its singular values are about one
-    "The nearest matrix with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order in bfloat16."
-    x = matrix.bfloat16() / (matrix.norm() + 1e-7)
+    "The nearest matrix with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order, on a GPU in bfloat16."
+    x = (matrix.bfloat16() if matrix.is_cuda else matrix) / (matrix.norm() + 1e-7)
     if len(matrix) > matrix.shape[1]: x = x.T
     for _ in range(steps):
         gram = x @ x.T
@@ -324,6 +325,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     _check_batches(train_batches)
     if out is not None: _check_writable(Path(out))
     device = pick_device(device)
+    if device.type == 'cpu': _keep_memory()
     parts = _parts(model.to(device), config, len(train_batches))
     history = _start(parts, train_batches, config, device, out, resume)
     network = _compiled(prepare(model, history.precision), config, device)
@@ -373,6 +375,15 @@ def _resized(x, size):
 def _compiled(model, config, device):
     "The network with fused kernels, replayed as CUDA graphs, where the recipe says so and there is a GPU."
     return torch.compile(model, mode='reduce-overhead', dynamic=False) if config.compile and device.type == 'cuda' else model
+
+def _keep_memory():
+    "Have glibc keep the memory that a step on a processor frees, for the next one; other C libraries do as they like."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 # %% ../nbs/06_engine.ipynb #41038d4e
 def _check_batches(batches):

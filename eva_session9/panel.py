@@ -70,7 +70,9 @@ class View:
 # %% ../nbs/10_panel.ipynb #0d30f486
 _LIST = {'show', 'true', 'predicted', 'confidence', 'order'}  # the fields that make the list
 
-def changed(view: View, **choices) -> View: # fields of `View` that were chosen
+def changed(view: View,
+            **choices # fields of `View` that were chosen
+           ) -> View:
     "The view after a choice: another list begins at its first image, and a class is asked for alone."
     follows = {}
     if _LIST & choices.keys(): follows |= {'place': 1, 'own': None}

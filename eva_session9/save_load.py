@@ -83,7 +83,7 @@ def load_model(path: str | Path # of the weights; the card is beside them
 
 # %% ../nbs/05_save_load.ipynb #1378ce3b
 def pretrained() -> nn.Module: # float32, in eval mode, on the CPU, with the card as `.card`
-    "The model that comes with the library: a ResNet-18 trained on CIFAR-10 by the course's recipe."
+    "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card says how, and how it tests."
     return load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
 
 # %% ../nbs/05_save_load.ipynb #9c309c35

@@ -20,6 +20,6 @@ def summary(model: nn.Module,                       # any network for images
     device = next(model.parameters()).device
     flags = {module: module.training for module in model.modules()}
     try: return torchinfo.summary(model, (1, *size), device=device, depth=4, verbose=0, row_settings=('var_names',),
-                                  col_names=('output_size', 'num_params', 'mult_adds'))
+                                  col_width=18, col_names=('output_size', 'num_params', 'mult_adds'))
     finally:
         for module, flag in flags.items(): module.training = flag

@@ -43,9 +43,9 @@ def processed():
 
 
 def relinked(text, home, source):
-    "Links to the published site, to notebooks and to files of the repository, as they are to be inside the site."
+    "Links to the published site, to notebooks and to files of the repository, and names of classes, as they are to be inside the site."
     text = re.sub(r'\[\[(`[^`]+`)\]\([^)]*\)\]\(', r'[\1](', text)  # a link in the text of a link: the outer one was written
-    text = text.replace(home, '').replace('.html.md', '.html')
+    text = text.replace(home, '').replace('.html.md', '.html').replace('__main__.', '')
     text = re.sub(r'\]\(([\w.]+\.ipynb)(#[\w-]+)?\)', lambda m: f'](./{number(m[1])}{m[2] or ""})', text)
     text = re.sub(rf"\]\(\.\./({'|'.join(FILES)})\.md\)", lambda m: f'](./{m[1].lower()}.md)', text)
     return re.sub(r'\]\(\.\./([^)]*)\)', lambda m: f']({source}/{m[1]})', text)

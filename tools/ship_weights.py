@@ -1,7 +1,12 @@
-"""Ship a finished run: its model as the package's float16 weights, tested as shipped, and its record as results/NAME.json.
+"""Ship a finished run: its model as the package's float16 weights, tested as shipped; with a NAME, its record as results/NAME.json.
 
     eva9_train --data cifar10 --out eva9-session9
     python tools/ship_weights.py eva9-session9 session9
+
+or, of the runs that a benchmark made and recorded,
+
+    python benchmarks/reproduce.py --config fast --keep eva9-fast --out results/fast.json
+    python tools/ship_weights.py eva9-fast/seed-42
 
 The accuracy on the card is that of the shipped file, on the 10,000 test images; --root names the folder of CIFAR-10."""
 import argparse
@@ -19,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / 'eva_session9/weights/resnet18_cifar10.safetensors'
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument('run', type=Path, help='the folder that eva9_train wrote')
-parser.add_argument('name', help='of the results file')
+parser.add_argument('run', type=Path, help='the folder that holds model.safetensors and history.json')
+parser.add_argument('name', nargs='?', help='of the results file')
 parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
 args = parser.parse_args()
 
@@ -31,5 +36,5 @@ save_model(model, WEIGHTS, card, torch.float16)
 batches = loader(images, test_transforms(card['mean'], card['std']), 250, shuffle=False)
 card['accuracy'] = test(load_model(WEIGHTS), batches, history.precision).accuracy
 history.weights_sha256 = save_model(model, WEIGHTS, card, torch.float16)['sha256']
-history.save(ROOT / f'results/{args.name}.json')
-print(json.dumps({'trained': history.epochs[-1]['test_accuracy'], 'shipped': card['accuracy'], 'sha256': history.weights_sha256}))
+if args.name: history.save(ROOT / f'results/{args.name}.json')
+print(json.dumps({'trained': model.card['accuracy'], 'shipped': card['accuracy'], 'sha256': history.weights_sha256}))
