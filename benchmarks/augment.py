@@ -53,7 +53,7 @@ def compared(name, args):
     for batches in roads.values(): read(batches)
     seconds = {road: [] for road in roads}
     for _ in range(args.rounds):
-        for road, batches in roads.items(): seconds[road].append(round(read(batches), 3))
+        for road, batches in roads.items(): seconds[road].append(round(read(batches), 6))
     rates = {road: args.images / statistics.median(times) for road, times in seconds.items()}
     result = {'images_per_second': {road: round(rate) for road, rate in rates.items()},
               'ratio': round(rates['Batches'] / rates['loader'], 1), 'seconds': seconds}

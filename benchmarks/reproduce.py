@@ -120,6 +120,7 @@ def main():
     parser.add_argument('--keep', help='folder for checkpoints and models; with it, a run that was cut goes on')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file, after each seed')
     args = parser.parse_args()
+    torch.backends.cudnn.benchmark = True  # of a GPU; otherwise without effect
     config = changed(_config(args.config), args.set)
     sets = _sets(args.data, args.root, args.limit)
     if args.hold_out: sets = held_out(sets[0], args.hold_out)

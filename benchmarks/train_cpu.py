@@ -3,7 +3,7 @@
 Both train the course's ResNet-18 by the course's recipe (batches of 32, Rotate, HorizontalFlip, Cutout, Normalize)
 on the same random images, end to end. The plain loop is what a tutorial writes: float32, contiguous tensors, transforms
 image by image in the main process, and `.item()` after every step. A third trains in batches of 128 that are augmented as
-a whole. The three take turns in one process. The rate of arithmetic of the third, that of the convolutions and the linear
+a whole. The three take turns in one process, after `fit` has had glibc keep freed memory, which helps the plain loop as well. The rate of arithmetic of the third, that of the convolutions and the linear
 layer forward and backward, is set against the fastest convolution, in the same type and the same process.
 """
 import argparse

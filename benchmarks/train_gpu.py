@@ -7,8 +7,8 @@ product of two large matrices, measured in the same process just before.
 """
 import argparse
 import json
+import shlex
 import statistics
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,23 +40,25 @@ def matmul_peak(n=8192, repeats=20):
     return 2 * n**3 / min(times)
 
 
-def trained(config, images):
+def trained(config, batches):
     "A whole run of the recipe, and the network."
     seed_everything(config.seed)
-    model = make_model(config.architecture, len(images.classes))
-    return model, fit(model, _loaders(config, images, images)[0], None, config, 'cuda')
+    model = make_model(config.architecture, 10)
+    return model, fit(model, batches, None, config, 'cuda')
 
 
 def measured(name, images, peak):
     "Times of one recipe."
-    config = replace(_config(name), batched=True, compile=True, precision='bf16')
-    first, _ = seconds(lambda: trained(replace(config, epochs=1), images))
+    config = replace(_config(name), batched=True, compile=True, precision='bf16', sizes=())
+    batches = _loaders(config, images, images)[0]
+    first, _ = seconds(lambda: trained(replace(config, epochs=1), batches))
     torch.cuda.reset_peak_memory_stats()
-    whole, (model, history) = seconds(lambda: trained(config, images))
+    whole, (model, history) = seconds(lambda: trained(config, batches))
     ten_thousand = _loaders(config, images, images.subset(range(min(10_000, len(images)))))[1]
+    test(model, ten_thousand, 'bf16')
     testing, _ = seconds(lambda: test(model, ten_thousand, 'bf16'))
     epoch = statistics.median(e['seconds'] for e in history.epochs)
-    rate = len(images) / epoch
+    rate = len(batches) * config.batch_size / epoch
     return {'first_epoch_with_compilation': round(first, 2), 'seconds_for_all_epochs': round(whole, 2), 'epochs': config.epochs,
             'median_epoch': epoch, 'images_per_second': round(rate), 'share_of_matmul_peak': round(rate * OPERATIONS / peak, 3),
             'seconds_to_test_10000': round(testing, 3), 'memory_gib': round(torch.cuda.max_memory_allocated() / 2**30, 2),
@@ -74,12 +76,13 @@ def main():
     start, images = time.perf_counter(), random_images(args.images)
     matmul_peak(repeats=3)
     peak = matmul_peak()
-    result = {'matmul_peak_tflops': round(peak / 1e12, 1), 'recipes': {name: measured(name, images, peak) for name in args.recipes},
-              'hardware': hardware(pick_device('cuda')), 'versions': versions(), 'seconds': round(time.perf_counter() - start, 1),
-              'command': ' '.join(['python', *sys.argv])}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out: args.out.write_text(text + '\n')
+    result = {'matmul_peak_tflops': round(peak / 1e12, 1), 'recipes': {}, 'hardware': hardware(pick_device('cuda')), 'versions': versions(),
+              'command': shlex.join(['python', 'benchmarks/train_gpu.py', *args.recipes, '--images', str(args.images)])}
+    for name in args.recipes:
+        result['recipes'][name] = measured(name, images, peak)
+        result['seconds'] = round(time.perf_counter() - start, 1)
+        if args.out: args.out.write_text(json.dumps(result, indent=1) + '\n')
+        print(name, json.dumps(result['recipes'][name], indent=1), flush=True)
 
 
 if __name__ == '__main__': main()

@@ -69,9 +69,10 @@ def _loaders(config, train_set, test_set):
     if config.batched:  # a last batch that is smaller would have to be compiled anew
         return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
                 Batches(test_set, plain, 500, shuffle=False))
-    workers = 0 if pick_device().type == 'cpu' else min(8, os.cpu_count())  # on a CPU the cores are busy training
-    return (loader(train_set, augment, config.batch_size, config.seed, workers),
-            loader(test_set, plain, 250, num_workers=workers, shuffle=False))
+    on_cpu = pick_device().type == 'cpu'
+    options = {'num_workers': 0 if on_cpu else min(8, os.cpu_count()), 'pin_memory': not on_cpu}  # a CPU's cores are busy training
+    return (loader(train_set, augment, config.batch_size, config.seed, **options),
+            loader(test_set, plain, 250, shuffle=False, **options))
 
 def _draw(figures, out):
     "Write the figures, a dictionary of name and figure, and say where."

@@ -11,6 +11,7 @@ __all__ = ['Config', 'config_from', 'seed_everything', 'rng_state', 'set_rng_sta
 import os, platform, random
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def set_rng_state(state: dict): # from `rng_state`
     random.setstate(state['python'])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'])
-    if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+    if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'][:torch.cuda.device_count()])
 
 # %% ../nbs/00_config.ipynb #f3948162
 def pick_device(name: str = 'auto') -> torch.device: # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
@@ -158,6 +159,10 @@ def hardware(device: torch.device) -> str: # the device that did the work
 
 def versions() -> dict:
     "The versions of Python and of the libraries that a training run's result depends on."
-    from importlib.metadata import version
     packages = ('torch', 'torchvision', 'albumentations', 'opencv-python-headless', 'numpy', 'eva_session9')
-    return {'python': platform.python_version(), **{p: version(p) for p in packages}}
+    return {'python': platform.python_version(), **{package: _version(package) for package in packages}}
+
+def _version(package):
+    "Its version; a package may be there without saying it, as in a checkout that was never installed."
+    try: return version(package)
+    except PackageNotFoundError: return 'unknown'

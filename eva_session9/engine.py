@@ -14,6 +14,7 @@ import ctypes
 import json
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
@@ -319,7 +320,8 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
        ) -> History:
     """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut.
 
-    That holds on the same machine, for batches that depend on nothing but `set_epoch` and torch's global generators. A loss
+    That holds on the same machine (with a GPU, where `torch.backends.cudnn.deterministic` is set), for batches that depend on
+    nothing but `set_epoch` and torch's global generators. A loss
     or weights that are not finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that
     holds a run `FileExistsError` without `resume`, and one that holds another run `ValueError`."""
     _check_batches(train_batches)
@@ -388,7 +390,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 # %% ../nbs/06_engine.ipynb #41038d4e
 def _check_batches(batches):
     "Raise for what cannot be trained on epoch after epoch."
-    if iter(batches) is batches: raise ValueError('the training batches can be read only once; pass a list or a loader')
+    if isinstance(batches, Iterator): raise ValueError('the training batches can be read only once; pass a list or a loader')
     if not hasattr(batches, '__len__'): raise TypeError(f'{type(batches).__name__} has no length; pass a list or a loader')
     if not len(batches): raise ValueError(_NO_BATCHES)
 
@@ -401,7 +403,8 @@ def _check_writable(out):
 def _settled(precision, model, batches, device):
     "The precision itself, or for 'auto' the faster one on the first batch."
     if precision != 'auto': return precision
-    return faster_precision(model, *(part[:32].to(device) for part in next(iter(batches))))  # 32 images are enough to tell
+    enough = 32 if device.type == 'cpu' else None  # images; fewer than a whole batch say nothing of a GPU
+    return faster_precision(model, *(part[:enough].to(device) for part in next(iter(batches))))
 
 def _data(batches):
     "What a checkpoint remembers of the data: batches an epoch, and the hash of the set, where the batches know it."

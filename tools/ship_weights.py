@@ -32,9 +32,10 @@ args = parser.parse_args()
 model, history, images = load_model(args.run / 'model.safetensors'), History.load(args.run / 'history.json'), cifar10(args.root)[1]
 if tuple(model.card['classes']) != images.classes: raise SystemExit(f'{args.run} knows other classes than CIFAR-10')
 card = {**model.card, 'hardware': history.hardware}
-save_model(model, WEIGHTS, card, torch.float16)
+shipped = args.run / 'shipped.safetensors'
+save_model(model, shipped, card, torch.float16)
 batches = loader(images, test_transforms(card['mean'], card['std']), 250, shuffle=False)
-card['accuracy'] = test(load_model(WEIGHTS), batches, history.precision).accuracy
+card |= {'accuracy': test(load_model(shipped), batches, history.precision).accuracy, 'tested_on': len(images)}
 history.weights_sha256 = save_model(model, WEIGHTS, card, torch.float16)['sha256']
 if args.name: history.save(ROOT / f'results/{args.name}.json')
 print(json.dumps({'trained': model.card['accuracy'], 'shipped': card['accuracy'], 'sha256': history.weights_sha256}))
