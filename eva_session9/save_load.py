@@ -82,9 +82,14 @@ def load_model(path: str | Path # of the weights; the card is beside them
     return model.eval()
 
 # %% ../nbs/05_save_load.ipynb #1378ce3b
-def pretrained() -> nn.Module: # float32, in eval mode, on the CPU, with the card as `.card`
+def pretrained(num_classes: int | None = None # of your own: the last layer is then new, and there is no card
+              ) -> nn.Module: # float32, in eval mode, on the CPU, with the card as `.card`
     "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card says how, and how it tests."
-    return load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
+    model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
+    if num_classes is not None:
+        model.fc = nn.Linear(model.fc.in_features, num_classes)
+        del model.card
+    return model
 
 # %% ../nbs/05_save_load.ipynb #9c309c35
 def checkpoints(folder: str | Path # of a run

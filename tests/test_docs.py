@@ -1,4 +1,5 @@
 "The doc site: every kind of fault is found, and the built pages are read in headless Chromium on a phone and on a desk."
+import re
 import shutil
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.request import urlopen
 
 import pytest
 
@@ -111,3 +113,10 @@ def test_search_finds_names_and_prose(home, browser, words, where):
     page.locator(f'a.search-result[href*="{where}"]:visible', has_text=words.split()[0]).first.wait_for(timeout=5_000)
     assert wrong == []
     page.close()
+
+
+def test_signatures_stand_in_the_order_of_the_module(home):
+    page = urlopen(f'{home}/models.resnet.html').read().decode()
+    headings = re.findall(r'<h3 id="(\w+)"', page)
+    assert headings == ['basicblock', 'bottleneck', 'resnet', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'make_model']
+    assert '__main__' not in page

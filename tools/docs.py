@@ -11,6 +11,7 @@ import shutil
 import sys
 from html.parser import HTMLParser
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -61,9 +62,24 @@ def described(cell):
     return cell
 
 
+def in_order(cells, module):
+    "The cells, with neighbouring signatures in the order of the module; nbdev shows what one cell defines in reverse."
+    place = {name: i for i, name in enumerate(getattr(module, '__all__', []))}
+    signatures = [re.search(r'^show_doc\((\w+)', cell.source, re.M) for cell in cells]
+    ordered, run = list(cells), []
+    for i, cell in enumerate([*cells, None]):
+        if cell and signatures[i]: run.append(i)
+        elif not cell or 'Exported source' not in cell.source:
+            for slot, now in zip(run, sorted(run, key=lambda j: place.get(signatures[j][1], -1))): ordered[slot] = cells[now]
+            run = []
+    return ordered
+
+
 def staged(path, home, source):
     "A processed notebook as smalldocs reads it."
     notebook = nbformat.reads(nbformat.writes(nbformat.read(path, 4)), 4)
+    name = number(path.stem)
+    if find_spec(f'eva_session9.{name}'): notebook.cells = in_order(notebook.cells, import_module(f'eva_session9.{name}'))
     for cell in notebook.cells:
         if cell.cell_type == 'code': cell = described(cell)
         else: cell.source = relinked(cell.source, home, source)
