@@ -22,7 +22,8 @@ TOP_LEVEL = set('''nbs eva_session9 settings.ini setup.py README.md pyproject.to
     CHANGELOG.md SECURITY.md tests benchmarks results tools .ci .github .gitattributes .gitignore'''.split())
 DIRECTIVES = set('''default_exp export exports exporti exportd hide echo output eval exec_doc slow cuda
     label fig-cap fig-alt warning code-fold filter_stream'''.split())
-SUPERSEDED = dict.fromkeys(('cam.json', 'cam_study.json', 'panel.json'), 'made with the weights before, 15 epochs of the course\'s recipe')  # results file made with older weights -> why it is kept
+SUPERSEDED = dict.fromkeys(  # results file made with older weights -> why it is kept
+    ('cam.json', 'cam_study.json', 'panel.json'), "made with the weights before, 15 epochs of the course's recipe")
 
 
 def module_name(path):
