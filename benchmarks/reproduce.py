@@ -28,6 +28,7 @@ from eva_session9.cli import _config, _loaders, _save_trained, _sets
 from eva_session9.config import config_from, hardware, pick_device, seed_everything, versions
 from eva_session9.engine import fit, forward
 from eva_session9.models.resnet import make_model
+from eva_session9.save_load import write_atomically
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
        2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # Student's t, 1 to 30 degrees
@@ -132,7 +133,7 @@ def main():
                   'seconds_a_run': round(statistics.median(run['seconds'] for run in runs), 2), 'config': asdict(config), 'runs': runs,
                   'hardware': hardware(pick_device()), 'versions': versions(), 'seconds': round(time.perf_counter() - start, 1),
                   'command': command(args)}
-        if args.out: args.out.write_text(json.dumps(result, indent=1) + '\n')
+        if args.out: write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
         print(seed, runs[-1]['accuracy'], f"{runs[-1]['seconds']} s", flush=True)
     print(json.dumps({name: value for name, value in result.items() if name != 'runs'}, indent=1))
 

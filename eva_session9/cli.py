@@ -47,14 +47,14 @@ def _config(name, epochs=None):
     return config if epochs is None else replace(config, epochs=epochs)
 
 # %% ../nbs/11_cli.ipynb #069e30f7
-def _sets(data, root=None, limit=None):
-    "The training and the test set called `data`, at most `limit` images of each."
+def _sets(data, root=None, limit=None, size=32):
+    "The training and the test set called `data`, at most `limit` images of each, a folder's at `size` pixels a side."
     import numpy as np
     from eva_session9.data import cifar10, image_folder, shapes
     if limit is not None and limit < 1: raise ValueError(f'--limit: found {limit}, expected at least 1')
     if data == 'shapes': return shapes(limit or 4000, seed=0), shapes(min(limit or 1000, 1000), seed=1)
     if data == 'cifar10': sets = cifar10(root)
-    elif Path(data).is_dir(): sets = image_folder(data)
+    elif Path(data).is_dir(): sets = image_folder(data, size)
     else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
 
@@ -166,6 +166,7 @@ def eva9_find_lr(
         from eva_session9.config import seed_everything
         from eva_session9.lr_finder import find_lr
         from eva_session9.models.resnet import make_model
+        from eva_session9.save_load import write_atomically
         from eva_session9.visual import plot_lr
         recipe, sets, out = _config(config), _sets(data, root, limit), Path(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -173,9 +174,10 @@ def eva9_find_lr(
         model = make_model(recipe.architecture, len(sets[0].classes))
         curve = find_lr(model, _loaders(recipe, *sets)[0], recipe, steps=steps)
         record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, steps=steps, limit=limit)}
-        (out / 'find_lr.json').write_text(json.dumps(record, indent=1))
+        write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
         _draw({'find_lr': plot_lr(curve)}, out)
-        (out / 'recipe.json').write_text(json.dumps(asdict(replace(recipe, lr=curve.lr)), indent=1))
+        found = replace(recipe, lr=curve.lr, muon_lr=recipe.muon_lr * curve.lr / recipe.lr)  # swept together
+        write_atomically(out / 'recipe.json', json.dumps(asdict(found), indent=1).encode())
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
         again = _command('eva9_train', data, str(out / 'recipe.json'), root=root, limit=limit)
         print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
@@ -198,7 +200,7 @@ def eva9_explain(
         from eva_session9.config import pick_device
         model, out = (load_model(weights) if weights else pretrained()).to(pick_device()), Path(out)
         if bool(images) == bool(data): raise ValueError('give either image files or --data, such as --data shapes')
-        if data: return _explain_mistakes(model, _sets(data, root, limit)[1], method, layers, out)
+        if data: return _explain_mistakes(model, _sets(data, root, limit, model.card['size'])[1], method, layers, out)
         files, pictures, bad = _read_images(images, model.card['size'])
         for problem in bad: print(f'eva9_explain: skipped: {problem}', file=sys.stderr)
         if not files: raise ValueError(f'none of the {len(bad)} files can be read as an image')
@@ -283,7 +285,8 @@ def _explain_mistakes(model, images, method, layers, out):
 
 def _write_numbers(found, out):
     "Write what was found, and say where."
-    (out / 'heatmaps.json').write_text(json.dumps(found, indent=1))
+    from eva_session9.save_load import write_atomically
+    write_atomically(out / 'heatmaps.json', json.dumps(found, indent=1).encode())
     print(out / 'heatmaps.json')
 
 # %% ../nbs/11_cli.ipynb #42c33088
@@ -309,7 +312,7 @@ _FROM_HERE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # w
 @call_parse
 def eva9_panel(
     data: str = None,          # 'cifar10', 'shapes', or a folder with classes; if not given, what the model was trained on
-    root: str = None,          # folder of the CIFAR-10 files; your cache folder if not given
+    root: str = None,          # folder of the CIFAR-10 files, which are then browsed; your cache folder if not given
     weights: str = None,       # a model.safetensors that eva9_train wrote; else the library's own, or for shapes your newest
     limit: int = None,         # browse a sample of so many test images
     port: int = 8866,          # of the address, 127.0.0.1; 0 for any that is free
@@ -318,6 +321,7 @@ def eva9_panel(
     "Open the heatmap panel as a web page; Ctrl-C ends it."
     with _one_line_errors('eva9_panel'):
         import tempfile
+        if root and not data and not weights: data = 'cifar10'
         data, weights = _panel_source(data, weights)
         server, port = _server(not no_browser), _free_port(port)
         with tempfile.TemporaryDirectory(prefix='eva9-panel-') as folder:
@@ -333,7 +337,8 @@ def _panel_source(data, weights):
     "Which data and which weights to open, after a look at whether they are there."
     from eva_session9.panel import default_source, newest_run
     if weights and not Path(weights).is_file(): raise ValueError(f'--weights: there is no file {weights}')
-    if data is None: return (_trained_on(weights), weights) if weights else default_source()
+    if data is None and not weights: return default_source()
+    data = data or _trained_on(weights)
     if data not in ('cifar10', 'shapes') and not Path(data).is_dir():
         raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
     if data == 'shapes' and not weights: weights = newest_run()
@@ -343,11 +348,10 @@ def _panel_source(data, weights):
 
 def _trained_on(weights):
     "What --data was when the model was trained, by its card."
-    import re
-    card = Path(weights).with_suffix('.json')
-    found = card.is_file() and re.search(r'--data (\S+)', json.loads(card.read_text()).get('command', ''))
-    if not found: raise ValueError(f'{card} does not say what the model was trained on; give --data')
-    return found[1]
+    from eva_session9.save_load import load_model
+    words = shlex.split(load_model(weights).card.get('command', ''))
+    if '--data' not in words[:-1]: raise ValueError(f'the card of {weights} does not say what the model was trained on; give --data')
+    return words[words.index('--data') + 1]
 
 # %% ../nbs/11_cli.ipynb #f1137ba0
 def _server(open_browser):
@@ -386,5 +390,7 @@ def _panel(data, root, weights, limit):
     from html import escape
     from eva_session9.panel import HeatmapPanel, Snapshot
     from eva_session9.save_load import load_model, pretrained
-    try: return HeatmapPanel(load_model(weights) if weights else pretrained(), _sets(data, root, limit)[1])
+    try:
+        model = load_model(weights) if weights else pretrained()
+        return HeatmapPanel(model, _sets(data, root, limit, model.card['size'])[1])
     except _user_errors() as error: return Snapshot(f'<p role="alert">{escape(str(error))}</p>')

@@ -105,7 +105,8 @@ def _check_together(config):
 
 # %% ../nbs/00_config.ipynb #54b88bd3
 def config_from(values: dict) -> Config: # field name -> value, as `dataclasses.asdict` gives them
-    "The `Config` with these values. A name that is no field raises `ValueError` and names the closest one."
+    "The `Config` with these values. A name that is no field raises `ValueError` and names the closest one, what is no dictionary `TypeError`."
+    if not isinstance(values, dict): raise TypeError(f'found {type(values).__name__}, expected an object of field names and values')
     names = [f.name for f in fields(Config)]
     for name in values:
         if name in names: continue

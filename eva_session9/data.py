@@ -10,6 +10,7 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'ImageSet', 'cifar10', 'read_image', 'fit_
 # %% ../nbs/01_data.ipynb #965c6417
 import hashlib
 import io
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,7 +108,7 @@ def read_image(file: str | Path | BinaryIO # a path, or a file open for reading 
     except UnidentifiedImageError: raise ValueError(f'{name}: is no PNG, JPEG or WebP image; convert it') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f'{name}: {error}; expected at most {MAX_PIXELS:,}, make it smaller') from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ValueError(f'{name}: is damaged ({error}); save it again from its source') from error
 
 # %% ../nbs/01_data.ipynb #40ee9180

@@ -137,6 +137,7 @@ def test(model: nn.Module,        # on its device; its train flags are restored
                 labels.append(y.cpu())
     finally:
         for module, flag in flags.items(): module.training = flag
+    if not labels: raise ValueError('there are no batches to test on; the set is empty, or the batches can be read only once')
     return Evaluation(torch.cat(logits), torch.cat(labels))
 test.__test__ = False  # pytest would take the name for a test
 
@@ -172,7 +173,7 @@ class History:
     config: Config
     hardware: str
     versions: dict
-    epochs: list[dict] = field(default_factory=list) # epoch, lr, train_loss, train_accuracy, test_loss, test_accuracy, seconds
+    epochs: list[dict] = field(default_factory=list) # epoch, lr, train_loss (of the recipe's smoothed targets), train_accuracy, test_loss, test_accuracy, seconds
     precision: str = ''      # the precision that `config.precision` resolved to
     command: str = ''        # that reproduces the run
     weights_sha256: str = '' # of the model that came out
@@ -264,7 +265,9 @@ class Lookahead:
     def __init__(self,
                  model: nn.Module, # is changed in place
                  every: int,       # steps between two averagings
-                 steps: int):      # of the whole run
+                 steps: int):      # of the whole run; fewer than `every` raise `ValueError`
+        if steps < every: raise ValueError(f'found an averaging every {every} steps in a run of {steps}, which would end as it began; '
+                                           'expected at least one; take smaller batches, more epochs, or lookahead=0')
         self.model, self.every, self.steps, self.done = model, every, steps, 0
         self.slow = {name: value.clone() for name, value in self._fast().items()}
 
@@ -325,6 +328,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     or weights that are not finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that
     holds a run `FileExistsError` without `resume`, and one that holds another run `ValueError`."""
     _check_batches(train_batches)
+    if isinstance(test_batches, Iterator): raise ValueError(_ONCE.format('test'))
     if out is not None: _check_writable(Path(out))
     device = pick_device(device)
     if device.type == 'cpu': _keep_memory()
@@ -390,9 +394,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 # %% ../nbs/06_engine.ipynb #41038d4e
 def _check_batches(batches):
     "Raise for what cannot be trained on epoch after epoch."
-    if isinstance(batches, Iterator): raise ValueError('the training batches can be read only once; pass a list or a loader')
+    if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
     if not hasattr(batches, '__len__'): raise TypeError(f'{type(batches).__name__} has no length; pass a list or a loader')
     if not len(batches): raise ValueError(_NO_BATCHES)
+
+_ONCE = 'the {} batches can be read only once; pass a list or a loader'
 
 def _check_writable(out):
     "Find out before the first epoch, not after it, whether a checkpoint can be written."
@@ -404,7 +410,10 @@ def _settled(precision, model, batches, device):
     "The precision itself, or for 'auto' the faster one on the first batch."
     if precision != 'auto': return precision
     enough = 32 if device.type == 'cpu' else None  # images; fewer than a whole batch say nothing of a GPU
-    return faster_precision(model, *(part[:enough].to(device) for part in next(iter(batches))))
+    x, y = (part[:enough].to(device) for part in next(iter(batches)))
+    try: return faster_precision(model, x, y)
+    except FloatingPointError as error: raise FloatingPointError(_where(error, batches, 0)) from error
+    except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
 
 def _data(batches):
     "What a checkpoint remembers of the data: batches an epoch, and the hash of the set, where the batches know it."

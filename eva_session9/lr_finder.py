@@ -26,7 +26,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import faster_precision, make_optimizer, prepare, train_step
+from .engine import _settled, make_optimizer, prepare, train_step
+from .save_load import write_atomically
 
 # %% ../nbs/07_lr_finder.ipynb #5befc707
 def local_lines(x: np.ndarray, # positions, (N,)
@@ -141,7 +142,7 @@ def from_dict(cls: LRCurve, d: dict) -> LRCurve: # from `to_dict`
 @patch
 def save(self: LRCurve, path: str | Path): # ends in .json
     "Write the curve as JSON."
-    Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False))
+    write_atomically(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
 
 @patch(cls_method=True)
 def load(cls: LRCurve, path: str | Path) -> LRCurve: # that `save` wrote
@@ -232,8 +233,8 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:
         trial, twin = _twins(model, optimizer, config, device)
-        x, y = first = next(stream)
-        precision = config.precision if config.precision != 'auto' else faster_precision(trial, x.to(device), y.to(device))
+        first = next(stream)
+        precision = _settled(config.precision, trial, [first], device)
         curve, began = LRCurve([], [], '', config, precision, hardware(device), versions()), time.perf_counter()
         lrs = np.geomspace(start, end, steps).tolist()
         curve.stopped = _sweep(curve, prepare(trial, precision), twin, chain([first], stream), lrs, device)

@@ -20,6 +20,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
 from .engine import Evaluation, forward
 from .gradcam import METHODS, Heatmaps, Status
-from .gradcam.cam import CAM, ForwardPass, evaluating, gradients, unwrap
+from .gradcam.cam import CAM, ForwardPass, _eager, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
 from .visual import overlay
@@ -99,9 +100,9 @@ def tabulate(true: np.ndarray,              # classes, int64 (N,); -1: unknown
     if logits is None: return Table(np.arange(n), true, np.full(n, -1), *np.zeros((3, n)))
     labels, finite = torch.from_numpy(true), logits.isfinite().all(1)
     predicted = torch.where(finite, logits.argmax(1), -1)
-    top = logits.softmax(1).nan_to_num(0).topk(min(2, logits.shape[1])).values
+    top = (logits.softmax(1).nan_to_num(0) * finite[:, None]).topk(min(2, logits.shape[1])).values
     loss = F.cross_entropy(logits, labels.clamp(min=0), reduction='none').nan_to_num(torch.inf)
-    loss[labels < 0] = torch.inf
+    loss[(labels < 0) | ~finite] = torch.inf
     return Table(np.arange(n), true, *(c.numpy() for c in (predicted, top[:, 0], top[:, 0] - top[:, -1], loss)))
 
 # %% ../nbs/10_panel.ipynb #167056ec
@@ -115,7 +116,7 @@ def select(view: View,   # `show`, `true`, `predicted`, `confidence` and `order`
            table: Table
           ) -> np.ndarray: # indices, int64
     "The images that the view lists. Images alike stay in the order of the set."
-    right, (low, high) = table.predicted == table.true, view.confidence
+    right, (low, high) = (table.predicted == table.true) & (table.true >= 0), view.confidence
     kept = {'wrong': ~right, 'right': right, 'all': np.ones_like(right)}[view.show]
     kept = kept & (table.confidence >= low) & (table.confidence <= high)
     if view.true != 'any': kept &= table.true == view.true
@@ -134,7 +135,7 @@ def probe(model: nn.Module, # an image classifier
         if grid: stages[output.shape[2:]] = name, tuple(output.shape[1:])
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
     try:
-        with evaluating(network), torch.inference_mode(): logits = network(x)
+        with evaluating(network), _eager(), torch.inference_mode(): logits = network(x)
     finally:
         for hook in hooks: hook.remove()
     return logits, dict(stages.values())
@@ -147,6 +148,7 @@ def match_classes(images: ImageSet,            # the set
     "The names of the K classes, and each image's true class by the model's numbers, -1 where it has no such class."
     if names is None or len(names) != k:
         names = images.classes if len(images.classes) == k else [f'class {i}' for i in range(k)]
+    if tuple(names) == tuple(images.classes): return tuple(names), images.labels  # also where two have one name
     numbers = {name: i for i, name in enumerate(names)}
     return tuple(names), np.array([numbers.get(name, -1) for name in images.classes])[images.labels]
 
@@ -203,6 +205,7 @@ def explain(model: nn.Module,        # an image classifier
     "Layer -> its heatmaps for every class, all from one call; or the reason why the method has none there."
     options = {'batch_size': 32} if takes_many_passes(method) else {}
     try: heatmaps = METHODS[method](model, list(layers), **options)(x, 'all')
+    except torch.OutOfMemoryError: raise  # says nothing of the layer
     except (ValueError, RuntimeError) as error:
         if len(layers) == 1: return {layers[0]: str(error)}
         return {name: explain(model, x, method, [name])[name] for name in layers}
@@ -217,6 +220,8 @@ class Evidence(CAM):
     "Not a map, but what the gradient methods make theirs of: activations, and gradients for every class."
     def raw_maps(self, seen: ForwardPass) -> dict[str, Tensor]: # one pass
         "Keep layer -> activation (1, C, h, w) and gradients (K, C, h, w); the maps it gives are of no use."
+        for name, activation in seen.activations.items():
+            if len(activation) != len(seen.logits): raise ValueError(f'layer {name!r} runs before the first one named')
         found = list(gradients(seen))
         self.kept = {name: (activation[:1], torch.cat([per_layer[name] for per_layer in found]))
                      for name, activation in seen.activations.items()}
@@ -227,7 +232,9 @@ def gather(model: nn.Module,        # an image classifier
            layers: Sequence[str],   # names, in the order in which they run
            k: int                   # how many classes the model has
           ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    "Layer -> activation and gradients, and logits (1, K): one pass, from the first layer on for all classes."
+    """Layer -> activation and gradients, and logits (1, K): one pass, from the first layer on for all classes.
+
+    Layers in another order raise `ValueError`."""
     evidence = Evidence(model, list(layers))
     first = evidence.layers[layers[0]]
     hook = first.register_forward_hook(lambda module, inputs, output: output.expand(k, *output.shape[1:]))
@@ -286,7 +293,9 @@ def _device(model): return next((p.device for p in model.parameters()), torch.de
 
 # %% ../nbs/10_panel.ipynb #b6ac643b
 def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> Path:
-    "Where the logits are kept, in the user's cache folder: a name made from all that they depend on."
+    """Where the logits are kept, in the user's cache folder: a name made from layers, weights, images and normalisation.
+
+    The code of `forward` and attributes that the model's `repr` does not show are not in it."""
     digest, network = blake2b(digest_size=16), unwrap(model)
     digest.update(repr((network, tuple(mean), tuple(std), images.images.shape)).encode())
     for name, value in network.state_dict().items():
@@ -432,6 +441,7 @@ def layer_picture(view: View,
 class Explorer:
     """A model, a set of images, what it says of them, and the heatmaps made so far: the panel without its widgets.
 
+    It works on a copy of the model, which later changes of the model do not reach.
     What is wrong with the model or the set as a whole is `problem`; images can then still be looked at.
     Arguments that do not fit each other raise `ValueError`."""
     def __init__(self,
@@ -440,15 +450,16 @@ class Explorer:
                  evaluation: Evaluation | None = None,    # of the model on these images
                  mean: Sequence[float] | None = None,     # of each channel, in [0, 1] units; None: that of `model.card`
                  std: Sequence[float] | None = None):     # of each channel, in [0, 1] units; None: that of `model.card`
-        self.model, self.images, self.lock = model, images, Lock()
         self.mean, self.std = _statistics(model, mean, std)
+        self.model, self.images, self.lock = _copied(model), images, Lock()
         self.transform = test_transforms(self.mean, self.std)
         self.files, self.made, self.said, self.evidence = [], {}, {}, (None, {}, None)
         logits, self.stages, self.problem = self._probe()
         self.runs = logits is not None
         if evaluation is not None: logits = _checked(evaluation, images, logits)
-        names, k = getattr(unwrap(model), 'card', {}).get('classes'), len(images.classes)
-        self.classes, self.true = match_classes(images, names, k if logits is None else logits.shape[1])
+        card, k = getattr(self.model, 'card', {}), len(images.classes)
+        self.classes, self.true = match_classes(images, card.get('classes'), k if logits is None else logits.shape[1])
+        self.model.card = {**card, 'classes': self.classes}  # the card may be from before the last layer was replaced
         self.adopt(evaluation)
 
     def adopt(self, evaluation: Evaluation | None):
@@ -471,6 +482,11 @@ def _statistics(model, mean, std):
         raise ValueError('the model has no card with mean and std; pass those it was trained with, for example: '
                          'mean, std = train_set.stats(); HeatmapPanel(model, images, mean=mean, std=std)')
     return tuple(mean), tuple(std)
+
+def _copied(model):
+    "The network without wrappers, as a copy in eval mode."
+    try: return deepcopy(unwrap(model)).eval()
+    except Exception as error: raise ValueError(f'the model cannot be copied: {error}') from error
 
 def _checked(evaluation, images, logits):
     "The logits of an evaluation that is of these images and, as far as is known, of this model."
@@ -500,9 +516,11 @@ def input(self: Explorer, image: np.ndarray) -> Tensor: # uint8 (H, W, 3)
 @patch
 def add(self: Explorer, name: str, content: bytes) -> int: # a PNG, JPEG or WebP file
     "Read a file, crop and resize it as the model needs, and give its number. One that is no image raises `ValueError`."
+    h, w = self.images.images.shape[1:3]
+    if h != w: raise ValueError(f'{name}: cannot be shown beside images of {h} x {w} pixels, which are not square')
     file = BytesIO(content)
     file.name = name
-    self.files.append((name, fit_square(read_image(file), self.images.images.shape[1])))
+    self.files.append((name, fit_square(read_image(file), h)))
     return len(self.files) - 1
 
 @patch
@@ -553,7 +571,8 @@ def _make(self: Explorer, picked, method, layers):
         _, evidence, logits = self.evidence
         chosen = {name: evidence[name] for name in layers}
         return map_evidence(self.model, method, chosen, logits, picked.pixels.shape[:2])
-    except (RuntimeError, ValueError): return explain(self.model, x, method, layers)  # it says why, layer by layer
+    except Stopped: raise
+    except Exception: return explain(self.model, x, method, layers)  # without copies; it says why, layer by layer
 
 @patch
 def missing(self: Explorer, key: int, method: str, layers: Sequence[str]) -> tuple[str, ...]: # of `Picked`
@@ -573,7 +592,9 @@ def page(self: Explorer, view: View) -> Page:
         passes = sum(self.stages[name][0] for name in view.layers)
         why = f'{view.method} runs the network once for every channel, about {passes:,} times.'
         return Page(self.note + why, question(view, picked, self.classes), (image,), picked, k)
-    made = self.heatmaps(picked, view.method, view.layers)
+    try: made = self.heatmaps(picked, view.method, view.layers)
+    except Exception as error:  # whatever the model raises
+        return Page(self.note + _failure(view.method, error), question(view, picked, self.classes), (image,), picked, k)
     maps = [layer_picture(view, picked, name, made[name]) for name in view.layers]
     return Page(self.note, question(view, picked, self.classes), (image, *maps), picked, k)
 
@@ -583,6 +604,8 @@ def request(self: Explorer, view: View, picked: Picked | None) -> tuple | None:
     if picked is None or self.problem or obstacle(view, picked) or not takes_many_passes(view.method): return None
     missing = self.missing(picked.key, view.method, view.layers)
     return (picked.key, view.method, missing) if missing else None
+
+def _failure(method, error): return f'{method} failed with {type(error).__name__}: {error}. '
 
 def nothing(view: View, classes: Sequence[str]) -> str:
     "The sentence for a view that lists no image."
@@ -722,7 +745,8 @@ class HeatmapPanel:
 
     Nothing given: the library's model on CIFAR-10 if that is here, else the newest `eva9_train --data shapes` in a
     folder of this one, else `FileNotFoundError` says what to run. A set that is not classified yet is classified in the
-    background, once: the logits are kept in the user's cache folder. What is wrong with an image, a filter or a layer
+    background, once: the logits are kept in the user's cache folder. With more than 32 classes an image's first heatmaps
+    take a backward pass a class, during which the panel does not answer. What is wrong with an image, a filter or a layer
     is said in the panel, which stays usable; arguments that do not fit each other raise `ValueError`."""
     def __init__(self,
                  model: nn.Module | None = None,          # an image classifier; None: the library's own
@@ -755,7 +779,7 @@ def _classify_or_recall(self: HeatmapPanel):
 def _opening(self: HeatmapPanel):
     "The view to open with: the mistakes if there are any, and the last three layers."
     e = self.explorer
-    found = (e.table.predicted != e.table.true).any() if e.evaluation is not None else e.runs
+    found = len(select(View(), e.table)) if e.evaluation is not None else e.runs
     return View('wrong' if found else 'all', layers=tuple(e.stages)[-3:])
 
 @patch
@@ -878,7 +902,8 @@ _LOOK = {'explain', 'difference', 'alpha', 'cmap', 'cells'}  # what changes with
 def _choose(self: HeatmapPanel, **choices):
     "A person chose: a new view, and what it shows. Choices that are the panel's own doing are not listened to."
     if self.drawing == get_ident(): return
-    if self.computing and not choices.keys() <= _LOOK: self.computing.stop()
+    work = self.computing  # another thread may replace it
+    if work and not choices.keys() <= _LOOK: work.stop()
     with self.lock:
         view = changed(self.view, **choices)
         if view == self.view and not self.notice: return
@@ -942,7 +967,7 @@ def _set_options(radio, options):
 @patch
 def _draw_page(self: HeatmapPanel, page):
     "Messages, pictures and captions."
-    waiting = 'The images are being classified; until then all are listed. ' if self.classifying else ''
+    waiting = 'The images are being classified; until then none has a prediction. ' if self.classifying else ''
     self._say(self.notice + waiting + page.message)
     self.title.value, self.saved.value = escape(page.title), ''
     for box, (picture, caption) in zip(self.pictures, page.pictures):
@@ -1001,23 +1026,31 @@ def _compute(self: HeatmapPanel, picked, work):
     def on_pass(images):
         work.check()
         self.passes.value += images
-    self.explorer.heatmaps(picked, *work.request[1:], on_pass)
+    failure = ''
+    try: self.explorer.heatmaps(picked, *work.request[1:], on_pass)
+    except Stopped: raise
+    except Exception as error: failure = _failure(work.request[1], error)  # whatever the model raises
     with self.lock:
-        if not work.unwanted.is_set(): self._draw()
+        if work.unwanted.is_set(): return
+        if failure:
+            self.notice, self.declined = failure, work.request[:2]
+            work.stop()
+        self._draw()
 
 @patch
 def _press(self: HeatmapPanel):
     "Cancel what is being computed, or compute what was cancelled."
-    if self.computing: self.computing.stop()
+    work = self.computing  # another thread may replace it
+    if work: work.stop()
     with self.lock:
-        self.declined = self.computing.request[:2] if self.computing else None
+        self.declined, self.notice = self.computing.request[:2] if self.computing else None, ''
         self._draw()
 
 @patch
 def wait(self: HeatmapPanel):
     "Return when nothing is being made in the background."
     for name in ('classifying', 'computing'):
-        work = getattr(self, name)
+        with self.lock: work = getattr(self, name)
         if work: work.join()
     with self.lock: pass  # until the last of it is drawn
 

@@ -110,8 +110,7 @@ def save_checkpoint(folder: str | Path, # of the run
     write_atomically(path, blob)
     write_atomically(path.with_suffix('.json'), json.dumps(manifest).encode())
     for old in checkpoints(folder)[:-2]:
-        old.unlink()
-        old.with_suffix('.pt').unlink()
+        for file in (old.with_suffix('.pt'), old): file.unlink(missing_ok=True)
     return path.with_suffix('.json')
 
 # %% ../nbs/05_save_load.ipynb #a1fcfd01
@@ -135,5 +134,5 @@ def _read(manifest):
         if hashlib.sha256(blob).hexdigest() != expected['sha256']:
             raise CheckpointError(f'{manifest.with_suffix(".pt")}: damaged (sha256 differs from its manifest)')
         return torch.load(io.BytesIO(blob), weights_only=True, map_location='cpu')
-    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f'{manifest}: unreadable ({error})') from error

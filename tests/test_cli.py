@@ -1,12 +1,15 @@
 "What the commands say before they work, and when they cannot."
-import subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from eva_session9.cli import eva9_find_lr, eva9_summary, eva9_train
+from eva_session9.cli import _command, _panel, _panel_source, _sets, eva9_explain, eva9_find_lr, eva9_summary, eva9_train
 from eva_session9.lr_finder import LRCurve
+from eva_session9.models.resnet import resnet18
+from eva_session9.save_load import save_model
 
 COMMANDS = 'eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary', 'eva9_panel'
 
@@ -26,7 +29,7 @@ def test_help_says_what_each_flag_is_for(command):
 
 
 @pytest.mark.parametrize('text, said', [
-    ('{"lr": 0.1', 'Expecting'), ('[]', ''), ('{"learning_rate": 0.1}', 'learning_rate'), ('{"lr": -1}', 'Config.lr: found -1')])
+    ('{"lr": 0.1', 'Expecting'), ('[]', 'found list, expected an object'), ('{"learning_rate": 0.1}', 'learning_rate'), ('{"lr": -1}', 'Config.lr: found -1')])
 def test_a_bad_recipe_is_named(text, said, tmp_path, capsys):
     recipe = tmp_path / 'mine.json'
     recipe.write_text(text)
@@ -49,3 +52,30 @@ def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):
     eva9_find_lr(data='shapes', limit=32, out=str(out))
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.endswith(f"eva9_train --data shapes --config '{out}/recipe.json' --limit 32")
+
+
+def test_rates_that_are_swept_together_are_suggested_together(tmp_path, monkeypatch):
+    lrs = np.geomspace(1e-5, 1, 100)
+    monkeypatch.setattr('eva_session9.lr_finder.find_lr', lambda *_, **__: LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist()))
+    recipe = tmp_path / 'mine.json'
+    recipe.write_text('{"lr": 0.1, "muon_lr": 0.05}')
+    eva9_find_lr(data='shapes', config=str(recipe), limit=32, out=str(tmp_path))
+    found = json.loads((tmp_path / 'recipe.json').read_text())
+    assert found['lr'] != 0.1 and found['muon_lr'] == pytest.approx(found['lr'] / 2)
+
+
+def test_a_folder_is_read_as_the_model_was_trained(tmp_path):
+    folder, weights = tmp_path / 'two words', tmp_path / 'model.safetensors'
+    for name in ('one', 'two'):
+        (folder / name).mkdir(parents=True)
+        for i in range(5): Image.fromarray(np.full((48, 48, 3), 40 * i, np.uint8)).save(folder / name / f'{i}.png')
+    assert {images.images.shape[1:3] for images in _sets(str(folder), size=48)} == {(48, 48)}
+    card = {'architecture': 'resnet18', 'classes': ['one', 'two'], 'mean': [0.5] * 3, 'std': [0.2] * 3, 'size': 48,
+            'command': _command('eva9_train', str(folder), 'fast')}
+    save_model(resnet18(2), weights, card)
+    assert _panel_source(None, str(weights)) == (str(folder), str(weights))
+    panel = _panel(str(folder), None, str(weights), None)
+    panel.wait()
+    assert panel.explorer.images.images.shape[1:3] == (48, 48)
+    eva9_explain(data=str(folder), weights=str(weights), out=str(tmp_path / 'out'))
+    assert json.loads((tmp_path / 'out' / 'heatmaps.json').read_text())

@@ -23,7 +23,8 @@ from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
 from eva_session9.models.resnet import resnet18
 from eva_session9.panel import (
-    ORDERS, Explorer, HeatmapPanel, View, default_model_and_images, default_source, select, takes_many_passes, watched)
+    ORDERS, Explorer, HeatmapPanel, View, default_model_and_images, default_source, probe, select, takes_many_passes,
+    watched)
 from eva_session9.preprocessing import loader, test_transforms as transforms
 from eva_session9.save_load import save_model
 from eva_session9.visual import overlay
@@ -193,9 +194,9 @@ def test_the_difference_is_predicted_minus_true(panel, model):
     assert not panel.controls['difference'].value and panel.title.value.startswith(f'GradCAM for {IMAGES.classes[2]}')
 
 
-def test_what_only_looks_different_needs_no_pass_through_the_network(panel, model):
+def test_what_only_looks_different_needs_no_pass_through_the_network(panel):
     passes, true = [], panel.explorer.pick(panel.view).true
-    with watched(model, passes.append):
+    with watched(panel.explorer.model, passes.append):
         for name, value in [('explain', true), ('alpha', 0.9), ('cmap', 'viridis'), ('cells', True), ('difference', True)]:
             before = on_screen(panel)
             panel.controls[name].value = value
@@ -362,13 +363,13 @@ def test_the_model_is_left_as_it_was(model):
 # Methods of many passes
 
 @pytest.mark.parametrize('method', SLOW)
-def test_many_passes_are_told_cancelled_and_taken_up_again(panel, model, method):
+def test_many_passes_are_told_cancelled_and_taken_up_again(panel, method):
     begun, go_on = Event(), Event()
 
     def slow(module, args):
         begun.set()
         go_on.wait(10)
-    hook = model.register_forward_pre_hook(slow)
+    hook = panel.explorer.model.register_forward_pre_hook(slow)
     panel.controls['method'].value = method
     assert begun.wait(10)
     assert 'once for every channel, about 56 times' in said(panel) and len(on_screen(panel)) == 1
@@ -387,19 +388,139 @@ def test_many_passes_are_told_cancelled_and_taken_up_again(panel, model, method)
     assert len(on_screen(panel)) == 4 and panel.cancel.layout.display == 'none' and 'raw maximum' in captions(panel)[1]
 
 
-def test_another_choice_does_not_wait_for_many_passes(panel, model):
-    begun, passes = Event(), []
+def test_another_choice_does_not_wait_for_many_passes(panel):
+    begun, go_on, passes = Event(), Event(), []
 
-    def counted(module, args):
+    def slow(module, args):
         passes.append(len(args[0]))
         begun.set()
-    hook = model.register_forward_pre_hook(counted)
+        go_on.wait(10)
+    hook = panel.explorer.model.register_forward_pre_hook(slow)
     panel.controls['method'].value = 'ScoreCAM'
     assert begun.wait(10)
+    work = panel.computing
     panel.controls['method'].value = 'GradCAM'
-    panel.wait()
-    assert len(on_screen(panel)) == 4 and panel.title.value.startswith('GradCAM') and panel.computing is None
+    assert work.is_alive() and len(on_screen(panel)) == 4 and panel.title.value.startswith('GradCAM')
+    go_on.set()
+    work.join(10)
     hook.remove()
+    assert not work.is_alive() and panel.computing is None and len(on_screen(panel)) == 4
+    assert len(passes) <= 2  # of the 7 that ScoreCAM makes
+
+
+@pytest.mark.parametrize('error', [IndexError, torch.OutOfMemoryError])
+def test_a_method_that_fails_in_the_background_is_said_and_can_be_tried_again(panel, error):
+    def fails(module, args): raise error('no')
+    hook = panel.explorer.model.register_forward_pre_hook(fails)
+    panel.controls['method'].value = 'ScoreCAM'
+    panel.wait()
+    assert f'ScoreCAM failed with {error.__name__}: no' in said(panel) and len(on_screen(panel)) == 1
+    assert panel.cancel.description == 'Compute' and panel.passes.layout.display == 'none' and panel.computing is None
+    assert not any(method == 'ScoreCAM' for _, method, _ in panel.explorer.made)
+    hook.remove()
+    panel.cancel.click()
+    panel.wait()
+    assert 'failed' not in said(panel) and len(on_screen(panel)) == 4 and 'raw maximum' in captions(panel)[1]
+
+
+@pytest.mark.parametrize('error', [IndexError, torch.OutOfMemoryError])
+def test_a_method_that_fails_at_once_is_said_and_not_kept(panel, error):
+    def fails(module, args): raise error('no')
+    hook = panel.explorer.model.register_forward_pre_hook(fails)
+    panel.controls['method'].value = 'EigenCAM'
+    assert f'EigenCAM failed with {error.__name__}: no' in said(panel) and len(on_screen(panel)) == 1
+    hook.remove()
+    panel.controls['alpha'].value = 0.3
+    assert 'failed' not in said(panel) and len(on_screen(panel)) == 4 and 'raw maximum' in captions(panel)[1]
+
+
+def test_a_model_that_takes_one_image_at_a_time_is_explained(model):
+    class OneImage(nn.Module):
+        def forward(self, x):
+            assert len(x) == 1
+            return x
+    expected = METHODS['GradCAM'](model, ['layer3'])(inputs()[:1], 'all').raw['layer3']
+    model.head.insert(0, OneImage())
+    panel = opened(model, IMAGES)
+    picked = panel.explorer.pick(View(show='all', order='as in the set'))
+    assert len(on_screen(panel)) == 4 and 'raw maximum' in captions(panel)[3]
+    assert torch.allclose(panel.explorer.heatmaps(picked, 'GradCAM', ['layer3'])['layer3'].raw['layer3'], expected, atol=1e-6)
+
+
+# A model of the panel's own
+
+def test_two_panels_and_the_caller_use_one_model_at_the_same_time(model):
+    begun, go_on = Event(), Event()
+    first, second = opened(model, IMAGES), opened(model, IMAGES)
+    model.train()
+    expected = METHODS['LayerCAM'](model, ['layer3'])(inputs()[:1], 2).raw['layer3']
+
+    def slow(module, args):
+        begun.set()
+        go_on.wait(10)
+    hook = first.explorer.model.register_forward_pre_hook(slow)
+    first.controls['method'].value = 'ScoreCAM'
+    assert begun.wait(10)
+    choose(second, method='LayerCAM', place=2)
+    assert len(on_screen(second)) == 4 and all(module.training for module in model.modules())
+    assert torch.equal(METHODS['LayerCAM'](model, ['layer3'])(inputs()[:1], 2).raw['layer3'], expected)
+    go_on.set()
+    first.wait()
+    hook.remove()
+    assert len(on_screen(first)) == 4 and all(module.training for module in model.modules())
+
+
+def test_training_on_while_the_set_is_classified_changes_nothing(model):
+    go_on, expected = Event(), evaluate(model).logits
+
+    def slow(module, args):
+        if len(args[0]) > 1: go_on.wait(10)
+    hook = model.register_forward_pre_hook(slow)
+    panel = HeatmapPanel(model, IMAGES)
+    with torch.no_grad(): model.head[2].bias[4] += 1
+    model.train()
+    go_on.set()
+    panel.wait()
+    hook.remove()
+    assert torch.allclose(panel.explorer.evaluation.logits, expected, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_copied_is_refused(model):
+    model.last = model.head[2].weight * 2  # a result with a graph
+    with pytest.raises(ValueError, match='the model cannot be copied'): HeatmapPanel(model, IMAGES)
+
+
+# Models of other kinds
+
+def test_layers_that_run_in_another_order_than_offered():
+    class Hourglass(nn.Module):
+        "Its last layer of the first grid runs after all others."
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.enter, self.down = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 16, 3, 2, 1)
+            self.up, self.linear = nn.Conv2d(24, 8, 3, 1, 1), nn.Linear(8, 10)
+
+        def forward(self, x):
+            x = self.enter(x).relu()
+            deep = F.interpolate(self.down(x).relu(), scale_factor=2)
+            return self.linear(self.up(torch.cat([x, deep], 1)).relu().mean((2, 3)))
+    model = Hourglass()
+    panel = opened(model, IMAGES, mean=MEAN, std=STD)
+    assert panel.view.layers == ('up', 'down')
+    picked = panel.explorer.pick(View(show='all', order='as in the set'))
+    made = panel.explorer.heatmaps(picked, 'GradCAM', ('up', 'down'))
+    expected = METHODS['GradCAM'](model, ['up', 'down'])(inputs()[:1], 'all').raw
+    for name in expected: assert torch.allclose(made[name].raw[name], expected[name], atol=1e-6)
+
+
+def test_a_compiled_model_that_has_run_offers_its_layers(model):
+    x = inputs()[:1]
+    layers = probe(model, x)[1]
+    model.compile(backend='eager')
+    with torch.inference_mode(): model(x)
+    assert probe(model, x)[1] == layers
+    assert len(on_screen(opened(model, IMAGES))) == 4
 
 
 # Bad input
@@ -477,6 +598,32 @@ def test_images_of_classes_that_the_model_does_not_know(model):
     assert panel.count.value == '60 images' and len(on_screen(panel)) == 4
     panel.controls['explain'].value = 'true'
     assert 'the true class is not known' in said(panel)
+
+
+def test_a_card_from_before_the_last_layer_was_replaced(model):
+    model.card['classes'] = list(IMAGES.classes)
+    model.head[2] = nn.Linear(32, 4)
+    panel = opened(model, IMAGES)
+    assert len(on_screen(panel)) == 4 and 'class names for' not in ''.join(captions(panel))
+    assert panel.explorer.classes == ('class 0', 'class 1', 'class 2', 'class 3')
+    assert model.card['classes'] == list(IMAGES.classes)
+
+
+def test_images_of_unknown_classes_without_finite_logits_are_not_right(model):
+    model.card['classes'] = [f'kind {i}' for i in range(10)]
+    with torch.no_grad(): model.head[2].bias.fill_(float('nan'))
+    panel = opened(model, IMAGES)
+    assert panel.view.show == 'wrong' and panel.count.value == '60 images'
+    choose(panel, show='right')
+    assert panel.count.value == '0 images'
+
+
+def test_an_image_of_ones_own_needs_a_set_of_square_images(model):
+    panel = opened(model, ImageSet(IMAGES.images[:, :24], IMAGES.labels, IMAGES.classes))
+    buffer = BytesIO()
+    Image.fromarray(IMAGES.images[4]).save(buffer, 'PNG')
+    upload(panel, 'mine.png', buffer.getvalue())
+    assert 'mine.png: cannot be shown beside images of 24 x 32 pixels' in said(panel) and panel.view.own is None
 
 
 def test_no_layer_is_said_and_left_again(panel):

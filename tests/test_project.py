@@ -279,6 +279,12 @@ def test_result_names_the_shipped_weights(path):
     assert named == {hashlib.sha256(weights.read_bytes()).hexdigest() for weights in shipped_weights()}
 
 
+def test_the_shipped_weights_are_those_of_the_recipe_run():
+    result = json.loads((ROOT / 'results' / 'fast_cpu.json').read_text(encoding='utf-8'))
+    card = pretrained().card
+    assert card['command'] == result['command'] and card['recipe'] == result['config']
+
+
 @each(RESULTS)
 def test_result_says_how_it_was_made(path):
     def refuse(constant): raise AssertionError(f'{constant} is not JSON')

@@ -56,7 +56,7 @@ class Status(IntEnum):
 # %% ../../nbs/08a_gradcam.cam.ipynb #c39ddc40
 @dataclass(frozen=True, eq=False, repr=False)
 class Heatmaps:
-    "The maps of one call: N images, L layers and, for `target='all'`, a class axis K after N in every tensor."
+    "The maps of one call: N images, L layers and, for `target='all'`, a class axis K after N in `raw`, `maps` and `status`."
     raw: dict[str, Tensor]    # layer -> signed map at the layer's size, (N, h, w)
     size: tuple[int, int]     # (H, W) of the images
     logits: Tensor            # (N, K)
@@ -249,10 +249,12 @@ def linear_weight(seen: ForwardPass, # a pass
     weight, features, output = seen.linear
     means = seen.nodes[name].detach().mean((2, 3))
     if features.shape != means.shape or output.shape != seen.logits.shape: return None
-    known = features.isfinite().all(1)  # an image with NaNs must not decide for the others
-    rounding = 32 * torch.finfo(features.dtype).eps * features[known].abs().amax(1, keepdim=True)
-    same = ((features - means)[known].abs() <= rounding).all() and torch.equal(output[known], seen.logits[known])
-    return _at_least_float32(weight.detach()) if same else None
+    finite = features.isfinite()  # an image with NaNs must not decide for the others
+    size = features.where(finite, 0).abs()
+    rounding = 2 * torch.finfo(features.dtype).eps * size + 32 * torch.finfo(torch.float32).eps * size.amax(1, keepdim=True)
+    same = torch.equal(finite, means.isfinite()) and ((features - means).abs() <= rounding)[finite].all()
+    known = finite.all(1)
+    return _at_least_float32(weight.detach()) if same and torch.equal(output[known], seen.logits[known]) else None
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #cc0fd793
 def gradients(seen: ForwardPass) -> Iterator[dict[str, Tensor]]: # a pass with a graph

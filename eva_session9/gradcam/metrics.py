@@ -25,11 +25,13 @@ def ranks(maps: Tensor,     # (N, H, W)
           ) -> Tensor:
     "The place of each pixel in its map, int64 (N, H, W): the largest has 0. A map that is not finite raises `ValueError`."
     if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): choose a layer, or fuse')
-    if not maps.isfinite().all(): raise ValueError('maps: found values that are not finite; leave out maps by their status')
+    if not maps.isfinite().all(): raise ValueError(_NOT_FINITE)
     flat = maps.flatten(1)
     shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(maps.device)
     order = shuffled[flat[:, shuffled].argsort(dim=1, descending=True, stable=True)]
     return order.argsort(1).view_as(maps)
+
+_NOT_FINITE = 'maps: found values that are not finite; leave out maps by their status'
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #591b6fd3
 def centre_gaussian(images: Tensor,         # (N, 3, H, W)
@@ -100,6 +102,7 @@ def blurred(images: Tensor, # (N, C, H, W)
             sigma: float    # pixels
             ) -> Tensor:
     "Images under a Gaussian blur, reflected at their borders."
+    if sigma <= 0: raise ValueError(f'sigma: found {sigma}, expected more than 0')
     reach = min(round(3 * sigma), min(images.shape[-2:]) - 1)
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
     kernel = torch.softmax(-offsets ** 2 / (2 * sigma ** 2), 0).expand(images.shape[1], 1, 1, -1)
@@ -136,7 +139,8 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
             ) -> Tensor:
     "Removed pixels become the weighted means of their eight neighbours (Rong et al. 2022, section 4.2)."
     if removed.flatten(1).all(1).any(): raise ValueError('removed: an image has no pixel left to fill in from')
-    unknown, channels = removed[:, None], images.shape[1]
+    unknown, dtype = removed[:, None], images.dtype
+    images = images.to(torch.promote_types(dtype, torch.float32))
     weights = images.new_tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
     def neighbours(x): return F.conv2d(x, weights.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
     def laplacian(x): return torch.where(unknown, present * x - neighbours(x), 0)
@@ -146,7 +150,7 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
         solved = conjugate_gradient(laplacian, from_rim)
     generator = torch.Generator().manual_seed(seed)
     grain = noise * torch.randn(images.shape[1:], generator=generator).to(images)
-    return torch.where(unknown, solved + grain, images)
+    return torch.where(unknown, solved + grain, images).to(dtype)
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #c5e11ac0
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -182,7 +186,7 @@ def confidence_drop(model: nn.Module,
     """The share of confidence lost where the image is multiplied by its map, (N,), and whether it grew, bool (N,).
 
     Chattopadhay et al. 2018, section 4.1: lower, and more often, is better. A map of ones has a drop of 0: report it beside."""
-    if maps.min() < 0 or maps.max() > 1: raise ValueError(f'maps: found {maps.min():.3g} to {maps.max():.3g}, expected 0 to 1')
+    if not (maps.min() >= 0 and maps.max() <= 1): raise ValueError(f'maps: found {maps.min():.3g} to {maps.max():.3g}, expected 0 to 1')
     whole, seen = confidence(model, images, target), confidence(model, images * maps[:, None], target)
     return (whole - seen).clamp(min=0) / whole, seen > whole
 
@@ -198,7 +202,7 @@ def energy_in(maps: Tensor,   # (N, H, W), not negative
               masks: Tensor   # bool (N, H, W)
               ) -> Tensor:
     "The share of each map's sum that lies in its mask, (N,); for an empty map, as for a uniform one, the mask's share of the image."
-    if maps.min() < 0: raise ValueError(f'maps: found {maps.min():.3g}, expected no negative value: take `Heatmaps.maps`')
+    if not maps.min() >= 0: raise ValueError(f'maps: found {maps.min():.3g}, expected no negative value: take `Heatmaps.maps`')
     empty = maps.flatten(1).amax(1) == 0
     maps = torch.where(empty[:, None, None], 1, maps)
     return (maps * masks).sum((1, 2)) / maps.sum((1, 2))
@@ -223,6 +227,7 @@ def spearman(a: Tensor, # maps, (N, h, w)
              b: Tensor  # maps, (N, h, w)
              ) -> Tensor:
     "Spearman's rank correlation of the cells of each pair of maps, (N,); equal cells share their mean rank, a uniform map has 0."
+    if not (a.isfinite().all() and b.isfinite().all()): raise ValueError(_NOT_FINITE)
     first, second = (F.normalize(_mean_ranks(maps.flatten(1).float()), dim=1) for maps in (a, b))
     return (first * second).sum(1)
 
@@ -240,14 +245,18 @@ def randomized(model: nn.Module,
                ) -> Iterator[tuple[str, nn.Module]]:
     "Each stage's name, with a copy of the network in which it and all before it in `stages` have new weights (Adebayo et al. 2018)."
     changed = copy.deepcopy(unwrap(model)).eval()
-    devices = [images.device] if images.is_cuda else []
     for i, name in enumerate(stages):
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed + i)
-            for module in changed.get_submodule(name).modules():
-                if hasattr(module, 'reset_parameters'): module.reset_parameters()
+            for module in changed.get_submodule(name).modules(): _redraw(module)
         _estimate_statistics(changed, changed.get_submodule(name), images)
         yield name, copy.deepcopy(changed)
+
+def _redraw(module):
+    "New values for the weights that the module itself holds."
+    if hasattr(module, 'reset_parameters'): return module.reset_parameters()
+    if next(module.parameters(recurse=False), None) is None: return
+    raise ValueError(f'{type(module).__name__} has weights, but no reset_parameters to draw new ones')
 
 @torch.no_grad
 def _estimate_statistics(model, stage, images):
@@ -298,7 +307,7 @@ def bootstrap(values: Tensor,       # one for each image, (N,)
               seed: int = 0         # of the samples
               ) -> tuple[float, float, float]:
     "The mean, and the lower and upper end of its percentile interval."
-    values = values.double().cpu()
+    values = values.cpu().double()
     index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     ends = values[index].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return values.mean().item(), *ends.tolist()

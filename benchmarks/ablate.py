@@ -1,0 +1,177 @@
+"""What each part of a recipe buys: the recipe without it beside the whole one, on images held out of the training set.
+
+    python benchmarks/ablate.py --out results/ablation.json
+
+takes the fast recipe as it is, which wants a GPU. On a processor the question has to be made smaller: fewer epochs, on images
+of half the side (means of 2 x 2 pixels), two runs at a time:
+
+    python benchmarks/ablate.py --config laptop --set epochs=6 --set sizes=[] --set crop=2 --half --jobs 2 --out results/ablation.json
+
+Each variant is trained from the same seeds. A difference comes with an interval, for which the spread between seeds is taken to
+be that of all variants together (Student's t), wide enough that all the intervals hold at once with 95% (Bonferroni). The test
+set is not read. A run that was cut goes on from --out, and more --seeds can be added to it.
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from scipy.stats import t
+
+from eva_session9.cli import _config, _loaders, _sets
+from eva_session9.config import Config, hardware, pick_device, seed_everything, versions
+from eva_session9.engine import faster_precision, fit, test
+from eva_session9.models.resnet import make_model
+from eva_session9.save_load import write_atomically
+from reproduce import changed, held_out
+
+WHOLE, COURSE = 'the whole recipe', "the course's recipe"
+
+
+def variants(config):
+    "The recipe, the recipe without each of its parts or with one more, and the course's for as many epochs: name -> recipe."
+    drop = max(1, round(0.3 * config.epochs))  # the course's schedule, in proportion: three drops in 20 epochs
+    cutout = 4 * config.crop  # 16 pixels where a shift may be of 4, as in the course
+    return {WHOLE: config, **{name: replace(config, **fields) for name, fields in {
+        'steps in place of warm-up and a fall to zero': {'warmup': 0.0, 'step_size': drop},
+        "no Nesterov's form": {'nesterov': False},
+        'no weight decay': {'weight_decay': 0.0},
+        'no label smoothing': {'label_smoothing': 0.0},
+        'no averaging of the weights': {'lookahead': 0},
+        'blocks do not begin as the identity': {'zero_gamma': False},
+        'no shifts': {'crop': 0},
+        'flips at random': {'alternating_flip': False},
+        'no flips': {'alternating_flip': False, 'flip_p': 0.0},
+        'rotation and cutout as well': {'rotate': 15.0, 'cutout': cutout},
+        'Muon': {'muon_lr': 0.24}}.items()},
+        COURSE: Config(config.architecture, config.epochs, step_size=drop, cutout=cutout, precision=config.precision)}
+
+
+def halved(images):
+    "The set at half the side, each pixel the mean of four."
+    n, h, w, c = images.images.shape
+    means = images.images.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    return replace(images, images=means.round().astype('uint8'), masks=None)
+
+
+def sets(args):
+    "The images to train on, and those held out of them."
+    images = _sets(args.data, args.root, args.limit)[0]
+    return held_out(halved(images) if args.half else images, args.hold_out)
+
+
+def threads(args): return max(1, os.cpu_count() // args.jobs)
+
+
+def settled(args, config):
+    "The recipe with the precision that is faster here, chosen once for all runs."
+    if config.precision != 'auto': return config
+    torch.set_num_threads(threads(args))
+    device, n, side = pick_device(), config.batch_size, 16 if args.half else 32
+    x, y = torch.randn(n, 3, side, side, device=device), torch.zeros(n, dtype=torch.long, device=device)
+    return replace(config, precision=faster_precision(make_model(config.architecture, 10).to(device), x, y))
+
+
+def one_run(args, config):
+    "Train by the recipe; the accuracy on the images held out, None where the loss was no number, and the seconds it took."
+    torch.set_num_threads(threads(args))
+    train_set, test_set = sets(args)
+    train_batches, test_batches = _loaders(config, train_set, test_set)
+    seed_everything(config.seed)
+    model, start = make_model(config.architecture, len(train_set.classes)), time.perf_counter()
+    try: fit(model, train_batches, None, config)
+    except FloatingPointError: accuracy = None
+    else: accuracy = test(model, test_batches, config.precision).accuracy
+    return {'seed': config.seed, 'accuracy': accuracy, 'seconds': round(time.perf_counter() - start, 1), 'hardware': hardware(pick_device())}
+
+
+def compared(runs):
+    "Mean of each variant, and its difference from the whole recipe with half the width of the interval."
+    found = {name: [run['accuracy'] for run in done if run['accuracy'] is not None] for name, done in runs.items()}
+    found = {name: values for name, values in found.items() if values}
+    degrees = sum(len(values) - 1 for values in found.values())
+    spread = math.sqrt(sum((len(v) - 1) * statistics.variance(v) for v in found.values() if len(v) > 1) / degrees) if degrees else None
+    rows = {name: {'mean': round(statistics.mean(values), 5), 'n': len(values)} for name, values in found.items()}
+    for name, row in rows.items():
+        if name == WHOLE or WHOLE not in rows: continue
+        row['difference'] = round(statistics.mean(found[name]) - statistics.mean(found[WHOLE]), 5)
+        if not degrees: continue
+        factor = t.ppf(1 - 0.05 / 2 / (len(rows) - 1), degrees)
+        row['half_width'] = round(factor * spread * math.sqrt(1 / row['n'] + 1 / rows[WHOLE]['n']), 5)
+    return {'spread_between_seeds': spread and round(spread, 5), 'variants': rows}
+
+
+def command(args):
+    "The command line that repeats the measurement, without this machine's folders."
+    given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds, '--hold-out': args.hold_out,
+             '--jobs': args.jobs}
+    words = [word for flag, value in given.items() if value for word in (flag, str(value))]
+    words += [word for setting in args.set for word in ('--set', setting)] + ['--half'] * args.half
+    return shlex.join(['python', 'benchmarks/ablate.py', *words])
+
+
+def question(args, recipes):
+    "What must be the same for runs to be compared, as JSON has it."
+    return json.loads(json.dumps({'recipes': {name: asdict(recipe) for name, recipe in recipes.items()}, 'data': args.data,
+                                  'limit': args.limit, 'half': args.half, 'held_out': args.hold_out}))
+
+
+def before(args, recipes):
+    "The runs that the file holds already, if they answer the same question."
+    if not (args.out and args.out.exists()): return {name: [] for name in recipes}
+    result = json.loads(args.out.read_text())
+    if result['question'] != question(args, recipes): raise SystemExit(f'{args.out} holds another measurement; choose another file')
+    return result['trained']
+
+
+def save(args, runs, recipes):
+    "Write what is known so far."
+    done = [run for group in runs.values() for run in group]
+    result = {**compared(runs), 'question': question(args, recipes), 'trained': runs, 'versions': versions(), 'command': command(args),
+              'hardware': ' and '.join(sorted({run['hardware'] for run in done})), 'seconds': round(sum(run['seconds'] for run in done), 1)}
+    if args.out: write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
+    return result
+
+
+def train_all(args, runs, recipes):
+    "Train what is missing, the seeds one after another, and save after each run."
+    tasks = [(name, seed) for seed in range(42, 42 + args.seeds) for name in recipes if seed not in {run['seed'] for run in runs[name]}]
+    pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'))
+    try:
+        futures = {pool.submit(one_run, args, replace(recipes[name], seed=seed)): name for name, seed in tasks}
+        for future in as_completed(futures):
+            runs[futures[future]].append(future.result())
+            save(args, runs, recipes)
+            print(time.strftime('%H:%M'), futures[future], future.result(), flush=True)
+    finally: pool.shutdown(cancel_futures=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default='fast', help="'fast', 'laptop', or a .json file of fields (default fast)")
+    parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='change a field of the recipe; may be repeated')
+    parser.add_argument('--seeds', type=int, default=3, help='how many, from 42 on (default 3)')
+    parser.add_argument('--hold-out', type=int, default=10_000, metavar='N', help='images to test on (default 10,000)')
+    parser.add_argument('--half', action='store_true', help='images of half the side')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time (default 1)')
+    parser.add_argument('--data', default='cifar10', help="'cifar10', 'shapes', or a folder of images (default cifar10)")
+    parser.add_argument('--root', help='folder of the CIFAR-10 files')
+    parser.add_argument('--limit', type=int, help='use a sample of so many images')
+    parser.add_argument('--out', type=Path, help='also write the result to this .json file, after each run')
+    args = parser.parse_args()
+    recipes = variants(settled(args, changed(_config(args.config), args.set)))
+    runs = before(args, recipes)
+    save(args, runs, recipes)
+    train_all(args, runs, recipes)
+    print(json.dumps({name: value for name, value in save(args, runs, recipes).items() if name not in ('trained', 'question')}, indent=1))
+
+
+if __name__ == '__main__': main()
