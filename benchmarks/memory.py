@@ -56,8 +56,10 @@ def main():
     args = parser.parse_args()
     if args.one == 'kept': _keep_memory()
     if args.one: return print(fastest_step(*args.batches))
-    result = {'steps': [compared(batch_size, args.rounds) for batch_size in args.batches], 'hardware': hardware(pick_device('cpu')),
-              'versions': versions(), 'command': f"python benchmarks/memory.py --batches {' '.join(map(str, args.batches))} --rounds {args.rounds}"}
+    began = time.perf_counter()
+    steps = [compared(batch_size, args.rounds) for batch_size in args.batches]
+    result = {'steps': steps, 'seconds': round(time.perf_counter() - began), 'hardware': hardware(pick_device('cpu')), 'versions': versions(),
+              'command': f"python benchmarks/memory.py --batches {' '.join(map(str, args.batches))} --rounds {args.rounds}"}
     print(json.dumps(result, indent=1))
     if args.out: args.out.write_text(json.dumps(result, indent=1) + '\n')
 
