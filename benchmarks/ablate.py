@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,7 +30,7 @@ from eva_session9.config import Config, hardware, pick_device, seed_everything, 
 from eva_session9.engine import faster_precision, fit, test
 from eva_session9.models.resnet import make_model
 from eva_session9.save_load import write_atomically
-from reproduce import changed, held_out
+from reproduce import changed, command, held_out
 
 WHOLE, COURSE = 'the whole recipe', "the course's recipe"
 
@@ -109,15 +108,6 @@ def compared(runs):
     return {'spread_between_seeds': spread and round(spread, 5), 'variants': rows}
 
 
-def command(args):
-    "The command line that repeats the measurement, without this machine's folders."
-    given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds, '--hold-out': args.hold_out,
-             '--jobs': args.jobs}
-    words = [word for flag, value in given.items() if value for word in (flag, str(value))]
-    words += [word for setting in args.set for word in ('--set', setting)] + ['--half'] * args.half
-    return shlex.join(['python', 'benchmarks/ablate.py', *words])
-
-
 def question(args, recipes):
     "What must be the same for runs to be compared, as JSON has it."
     return json.loads(json.dumps({'recipes': {name: asdict(recipe) for name, recipe in recipes.items()}, 'data': args.data,
@@ -135,7 +125,8 @@ def before(args, recipes):
 def save(args, runs, recipes):
     "Write what is known so far."
     done = [run for group in runs.values() for run in group]
-    result = {**compared(runs), 'question': question(args, recipes), 'trained': runs, 'versions': versions(), 'command': command(args),
+    result = {**compared(runs), 'question': question(args, recipes), 'trained': runs, 'versions': versions(),
+              'command': command(args, 'ablate.py', **{'--jobs': args.jobs}) + ' --half' * args.half,
               'hardware': ' and '.join(sorted({run['hardware'] for run in done})), 'seconds': round(sum(run['seconds'] for run in done), 1)}
     if args.out: write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
     return result

@@ -102,11 +102,11 @@ def summary(values):
             'interval95': [round(mean - half, 5), round(mean + half, 5)]}
 
 
-def command(args):
-    "The command line that repeats the measurement, without this machine's folders."
-    given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds, '--hold-out': args.hold_out}
+def command(args, script='reproduce.py', **more):
+    "The command line that repeats the measurement, without this machine's folders; `more` are flags of another script."
+    given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds, '--hold-out': args.hold_out, **more}
     words = [word for flag, value in given.items() if value for word in (flag, str(value))]
-    return shlex.join(['python', 'benchmarks/reproduce.py', *words, *(word for setting in args.set for word in ('--set', setting))])
+    return shlex.join(['python', f'benchmarks/{script}', *words, *(word for setting in args.set for word in ('--set', setting))])
 
 
 def main():
