@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _settled, make_optimizer, prepare, train_step
+from .engine import _settled, _too_large, make_optimizer, prepare, train_step
 from .save_load import write_atomically
 
 # %% ../nbs/07_lr_finder.ipynb #5befc707
@@ -210,6 +210,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device):
         except FloatingPointError as error:
             if curve.lrs: return 'not finite'
             raise FloatingPointError(f'{error}, before any step: look at the images and the weights, not at the learning rate') from error
+        except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
         curve.lrs.append(lr)
         curve.losses.append(loss.item())
         if _diverged(curve.losses): return 'diverged'
@@ -228,7 +229,7 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Leaves no trace.
 
     Ends early where the loss diverges or is no number; where the very first one is none, raises `FloatingPointError`.
-    Batches that can be read only once raise `ValueError`. Each of the curve's `caveats` is raised as a warning."""
+    Batches that can be read only once raise `ValueError`, those that a GPU has no room for `MemoryError`. Each of the curve's `caveats` is raised as a warning."""
     _check(batches, start, end, steps)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:

@@ -147,7 +147,8 @@ def plot_history(history: History # of at least one epoch
     title = f"Epoch {last['epoch']}: {split} accuracy {last[f'{split}_accuracy']:.2%}"
     picture = _picture(title, 7.2, 2.9, 'constrained')
     loss, accuracy = picture.subplots(1, 2)
-    _curve_axes(loss, 'Loss: cross-entropy, mean over images\n', 'epoch')
+    targets = ', of smoothed targets in training' if history.config.label_smoothing else ', mean over images'
+    _curve_axes(loss, f'Loss: cross-entropy{targets}\n', 'epoch')
     _curve_axes(accuracy, 'Accuracy, %\n', 'epoch')
     _plot_measure(loss, history.epochs, 'loss', 1, '{:.3f}')
     _plot_measure(accuracy, history.epochs, 'accuracy', 100, '{:.2f}%')
