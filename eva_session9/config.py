@@ -19,7 +19,7 @@ import torch
 # %% ../nbs/00_config.ipynb #3943eb63
 @dataclass(frozen=True)
 class Config:
-    "The recipe of a training run. Immutable; impossible values raise `ValueError`."
+    "The recipe of a training run. Immutable; impossible values raise `ValueError`, values of another type `TypeError`."
     architecture: str = 'resnet18'  # name of a constructor in `models.resnet`
     epochs: int = 20                # passes over the training set
     batch_size: int = 32            # images per step
@@ -70,7 +70,7 @@ class Config:
 
     def size(self, epoch: int # 0, 1, 2, ...
             ) -> int | None: # pixels a side; None: as the images are
-        "The size that images are trained at in `epoch`: the epochs are shared out evenly, the first sizes taking what is left over."
+        "The size that images are trained at in `epoch`: the epochs are shared out in the order of `sizes`, as evenly as whole epochs can be."
         return self.sizes[epoch * len(self.sizes) // self.epochs] if self.sizes else None
 
 # %% ../nbs/00_config.ipynb #8d722e25

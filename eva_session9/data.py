@@ -21,7 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # %% ../nbs/01_data.ipynb #ad9c4bf2
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     "Images of one size with their labels. Arrays that do not fit raise `ValueError`."
     images: np.ndarray               # uint8 (N, H, W, 3), RGB
@@ -43,10 +43,9 @@ class ImageSet:
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         "Mean and standard deviation of each channel over all pixels, in [0, 1] units."
         counts = np.stack([np.bincount(self.images[..., c].ravel(), minlength=256) for c in range(3)])
-        values, total = np.arange(256) / 255, counts[0].sum()
-        mean = counts @ values / total
-        std = np.sqrt(counts @ values**2 / total - mean**2)
-        return tuple(mean.tolist()), tuple(std.tolist())
+        values, n = np.arange(256), int(counts[0].sum())
+        sums, squares = (counts @ values).tolist(), (counts @ values**2).tolist()
+        return tuple(s / n / 255 for s in sums), tuple((n * q - s**2)**0.5 / n / 255 for s, q in zip(sums, squares))
 
     @cached_property
     def sha256(self) -> str:
@@ -196,7 +195,7 @@ def _split(files, seed):
 def _read_all(files, size):
     "Every file as a square, uint8 (N, size, size, 3). Those that cannot be used are named in one error."
     with ThreadPoolExecutor() as pool: read = list(pool.map(lambda file: _square_or_error(file, size), files))
-    bad = [str(r) for r in read if isinstance(r, ValueError)]
+    bad = [r for r in read if isinstance(r, str)]
     if bad:
         more = [f'and {len(bad) - 10} more'] if len(bad) > 10 else []
         raise ValueError('\n'.join([f'{len(bad)} of {len(files)} files cannot be used:', *bad[:10], *more]))
@@ -204,7 +203,8 @@ def _read_all(files, size):
 
 def _square_or_error(file, size):
     try: return fit_square(read_image(file), size)
-    except ValueError as error: return error
+    except ValueError as error: return str(error)
+    except OSError as error: return f'{file}: {error.strerror}; remove it or make it readable'
 
 # %% ../nbs/01_data.ipynb #e94da8d3
 def _box(x, y, width, height): return np.maximum(abs(x) - width, abs(y) - height)

@@ -12,6 +12,7 @@ __all__ = ['train_step', 'forward', 'Scores', 'train', 'Evaluation', 'test', 'fa
 import copy
 import ctypes
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -96,7 +97,7 @@ def _too_large(device, batch_size):
     return f'a batch of {batch_size} images does not fit into the memory of {device}; try batch_size={batch_size // 2}'
 
 # %% ../nbs/06_engine.ipynb #1fae09bc
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     "What a model said of a set; accuracy, mistakes and confusion are derived from it."
     logits: Tensor # float32 (N, K), on the CPU
@@ -126,14 +127,15 @@ def test(model: nn.Module,        # on its device; its train flags are restored
          batches: Iterable,       # of (x, y), in the order of the set
          precision: str = 'fp32'  # 'fp32' or 'bf16'
         ) -> Evaluation:
-    "The model's logits for every image, in eval mode and without a graph."
+    "The model's logits for every image, in eval mode and without a graph. A batch that is too large for a GPU raises `MemoryError`."
     device, flags = next(model.parameters()).device, {m: m.training for m in model.modules()}
     logits, labels = [], []
     try:
         model.eval()
         with torch.inference_mode():
             for x, y in tqdm(batches, 'test', leave=False):
-                logits.append(forward(model, x.to(device, non_blocking=True), precision).cpu())
+                try: logits.append(forward(model, x.to(device, non_blocking=True), precision).cpu())
+                except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
                 labels.append(y.cpu())
     finally:
         for module, flag in flags.items(): module.training = flag
@@ -222,7 +224,7 @@ def triangle(done: float,  # share of the steps that are done, in [0, 1]
 
 # %% ../nbs/06_engine.ipynb #50e891e1
 class Muon(torch.optim.SGD):
-    """SGD with orthogonalised steps for the filters of all convolutions but the first, whose norms are kept at sqrt(filters).
+    """SGD with orthogonalised steps for the filters of convolutions with more than three input channels, whose norms are kept at sqrt(filters).
 
     Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
     def __init__(self,
@@ -237,18 +239,20 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         filters = [p for group in self.param_groups if group['muon'] for p in group['params'] if p.grad is not None]
         for p in filters:
             if 'muon' not in self.state[p]: self.state[p]['muon'] = torch.zeros_like(p)
             average = self.state[p]['muon'].mul_(0.6).add_(p.grad)
             p.grad = orthogonal(p.grad.add(average, alpha=0.6).flatten(1)).view_as(p)
             p.mul_(len(p)**0.5 / p.norm())
-        return super().step(closure)
+        super().step()
+        return loss
 
 # %% ../nbs/06_engine.ipynb #397703c4
 def orthogonal(matrix: Tensor, # (M, N)
                steps: int = 3  # of the iteration
-              ) -> Tensor:     # (M, N), in the type of the matrix; its singular values are about one
+              ) -> Tensor:     # (M, N), in the type of the matrix; its larger singular values are about one
     "The nearest matrix with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order, on a GPU in bfloat16."
     x = (matrix.bfloat16() if matrix.is_cuda else matrix) / (matrix.norm() + 1e-7)
     if len(matrix) > matrix.shape[1]: x = x.T
@@ -361,7 +365,7 @@ def _check_finite(model, epoch):
     "Refuse to go on with weights, or to store weights, that are not finite."
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
-            raise FloatingPointError(f'{name} is not finite after epoch {epoch + 1}; go on from the last checkpoint with a lower learning rate')
+            raise FloatingPointError(f'{name} is not finite after epoch {epoch + 1}; start again in another folder, with a lower learning rate')
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
 def _step(parts, config, size):
@@ -402,7 +406,7 @@ _ONCE = 'the {} batches can be read only once; pass a list or a loader'
 
 def _check_writable(out):
     "Find out before the first epoch, not after it, whether a checkpoint can be written."
-    probe = out / 'probe'
+    probe = out / f'.probe-{os.getpid()}'
     write_atomically(probe, b'')
     probe.unlink()
 
@@ -434,7 +438,10 @@ def _start(parts, batches, config, device, out, resume):
     history = History.from_dict(state['history'])
     _same_run(history, config, state, batches, out)
     _same_machine(history, state, device)
-    for name, part in parts.items(): part.load_state_dict(state[name])
+    try:
+        for name, part in parts.items(): part.load_state_dict(state[name])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with') from error
     set_rng_state(state['rng'])
     return history
 

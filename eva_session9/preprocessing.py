@@ -47,6 +47,7 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
     return torch.stack([transform(image=image)['image'] for image in images])
 
 def _normalized(mean, std):
+    if not min(std) > 0: raise ValueError(f'std: found {tuple(std)}, expected more than 0; a channel with one value all over shows nothing')
     return [A.Normalize(mean=mean, std=std), ToTensorV2()]
 
 # %% ../nbs/02_preprocessing.ipynb #bcedc1c5
@@ -174,7 +175,7 @@ def uniform(key: tuple, # seed, epoch and index; the index an integer or an int6
 
 # %% ../nbs/02_preprocessing.ipynb #cb949a63
 class AlternatingFlip(A.ImageOnlyTransform):
-    """Flips each image in every other epoch; with which it begins depends on the seed. Wants `key=(seed, epoch, index)`.
+    """Flips each image in every other epoch; with which it begins depends on seed and index. Wants `key=(seed, epoch, index)`.
 
     Source: [Jordan 2024](https://arxiv.org/abs/2404.00498), section 3.6."""
     def __init__(self): super().__init__(p=1)
@@ -252,7 +253,7 @@ def _corners(top, left, size, box):
 
 # %% ../nbs/02_preprocessing.ipynb #dd51e1d1
 class DropoutTwin(Twin):
-    "`CoarseDropout` of one hole of fixed size and colour. Parameters: the corner, int64 (B, 2), or (-H, -W) for no hole."
+    "`CoarseDropout` of one hole of fixed size and colour. Parameters: the corner, int64 (B, 2), or minus its height and width for no hole."
     needs = {'num_holes_range': (1, 1)}
 
     def __init__(self,

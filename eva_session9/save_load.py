@@ -53,10 +53,8 @@ def save_model(model: nn.Module,                   # a network of ours, of the a
               ) -> dict: # the card, with its sha256
     "Write the weights to `path` and the card beside them as JSON."
     path = Path(path)
-    missing = [key for key in ('architecture', 'classes', 'mean', 'std', 'size') if key not in card]
-    if missing: raise ValueError(f"the card of {path} lacks {', '.join(missing)}")
-    if card['architecture'] not in ARCHITECTURES:
-        raise ValueError(f"card: found architecture {card['architecture']!r}, expected one of {', '.join(ARCHITECTURES)}")
+    if path.suffix != '.safetensors': raise ValueError(f'path: found {path}, expected a name that ends in .safetensors')
+    _check_card(card, model)
     state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
@@ -64,6 +62,16 @@ def save_model(model: nn.Module,                   # a network of ours, of the a
     write_atomically(path, blob)
     write_atomically(path.with_suffix('.json'), text.encode())
     return card
+
+def _check_card(card, model):
+    "Raise `ValueError` unless the card says all that it takes to build this model again."
+    missing = [key for key in ('architecture', 'classes', 'mean', 'std', 'size') if key not in card]
+    if missing: raise ValueError(f"the card lacks {', '.join(missing)}")
+    name, k = card['architecture'], len(card['classes'])
+    if name not in ARCHITECTURES: raise ValueError(f"card: found architecture {name!r}, expected one of {', '.join(ARCHITECTURES)}")
+    with torch.device('meta'): expected = make_model(name, k)
+    shapes, found = ({key: value.shape for key, value in m.state_dict().items()} for m in (expected, model))
+    if found != shapes: raise ValueError(f'the model is no {name} with {k} classes, as its card says; correct the card, or save the network inside a wrapper')
 
 # %% ../nbs/05_save_load.ipynb #40dcc0fe
 def load_model(path: str | Path # of the weights; the card is beside them
@@ -84,7 +92,7 @@ def load_model(path: str | Path # of the weights; the card is beside them
 # %% ../nbs/05_save_load.ipynb #1378ce3b
 def pretrained(num_classes: int | None = None # of your own: the last layer is then new, and there is no card
               ) -> nn.Module: # float32, in eval mode, on the CPU, with the card as `.card`
-    "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card says how, and how it tests."
+    "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card says how, and how well it does on the test set."
     model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
     if num_classes is not None:
         model.fc = nn.Linear(model.fc.in_features, num_classes)
@@ -95,7 +103,8 @@ def pretrained(num_classes: int | None = None # of your own: the last layer is t
 def checkpoints(folder: str | Path # of a run
                ) -> list[Path]:    # oldest first
     "The manifests of the finished checkpoints in `folder`."
-    return sorted(Path(folder).glob('epoch-*.json'), key=lambda path: int(path.stem.removeprefix('epoch-')))
+    numbers = {path: path.stem.removeprefix('epoch-') for path in Path(folder).glob('epoch-*.json')}
+    return sorted((path for path in numbers if numbers[path].isdigit()), key=lambda path: int(numbers[path]))
 
 def save_checkpoint(folder: str | Path, # of the run
                     epoch: int,         # epochs done
