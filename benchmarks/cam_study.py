@@ -3,9 +3,9 @@
 - shapes: drawn images, whose true masks are known, and a ResNet-18 trained on them here. Place: pointing game, energy in the
   mask, IoU at matched area, and how far from the object the map's centre lies; the oracle of each grid is the ceiling.
   Class: two objects in one image, the energy on the named one less that on the other.
-- cifar10: stratified test images and the shipped weights. No masks, so nothing is said about place. Faithfulness: deletion,
-  insertion, ROAD, average drop with the map's area. Sanity: rank correlation with the map of another class, with the map of
-  another image, and with the map after the weights were drawn anew, stage by stage.
+- cifar10: stratified test images and the weights that are shipped when it is run. No masks, so nothing is said about place.
+  Faithfulness: deletion, insertion, ROAD, average drop with the map's area. Sanity: rank correlation with the map of another
+  class, with the map of another image, and with the map after the weights were drawn anew, stage by stage.
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
 for sanity on 20. Each measured row is kept in --work and not measured again, so a run that was cut goes on, and two

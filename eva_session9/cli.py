@@ -11,6 +11,7 @@ __all__ = ['eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary', 'eva9_p
 import json
 import shlex
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,14 +20,18 @@ from fastcore.script import call_parse
 # %% ../nbs/11_cli.ipynb #919f1428
 @contextmanager
 def _one_line_errors(command):
-    "Turn the errors that a user can mend into one line and exit code 2, and Ctrl-C into 130."
-    try: yield
+    "Turn warnings into one line, the errors that a user can mend into one line and exit code 2, and Ctrl-C into 130."
+    def say(message, *where, **more): print(f'{command}: {" ".join(str(message).split())}', file=sys.stderr)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            yield
     except KeyboardInterrupt:
         print(f'\n{command}: interrupted', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not isinstance(error, _user_errors()): raise
-        print(f'{command}: {" ".join(str(error).split())}', file=sys.stderr)
+        say(error)
         sys.exit(2)
 
 def _user_errors():

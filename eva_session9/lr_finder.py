@@ -209,12 +209,14 @@ def _sweep(curve, model, optimizer, batches, lrs, device):
         try: loss, _ = train_step(model, x.to(device), y.to(device), optimizer, curve.precision)
         except FloatingPointError as error:
             if curve.lrs: return 'not finite'
-            raise FloatingPointError(f'{error}, before any step: look at the images and the weights, not at the learning rate') from error
+            raise FloatingPointError(_FROM_THE_START) from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
         curve.lrs.append(lr)
         curve.losses.append(loss.item())
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
+
+_FROM_THE_START = 'the loss is no number before any step: look at the images and the weights, not at the learning rate'
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
@@ -235,7 +237,8 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     with _undisturbed(batches), closing(_cycle(batches)) as stream:
         trial, twin = _twins(model, optimizer, config, device)
         first = next(stream)
-        precision = _settled(config.precision, trial, [first], device)
+        try: precision = _settled(config.precision, trial, [first], device)
+        except FloatingPointError as error: raise FloatingPointError(_FROM_THE_START) from error
         curve, began = LRCurve([], [], '', config, precision, hardware(device), versions()), time.perf_counter()
         lrs = np.geomspace(start, end, steps).tolist()
         curve.stopped = _sweep(curve, prepare(trial, precision), twin, chain([first], stream), lrs, device)

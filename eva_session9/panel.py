@@ -588,9 +588,9 @@ def page(self: Explorer, view: View) -> Page:
     image, k = (png(picked.pixels), image_caption(picked, self.classes)), explained_class(view, picked)
     why = self.problem or obstacle(view, picked)
     if why: return Page(self.note + why, pictures=(image,), picked=picked, explained=k)
-    if self.request(view, picked):
-        passes = sum(self.stages[name][0] for name in view.layers)
-        why = f'{view.method} runs the network once for every channel, about {passes:,} times.'
+    if waiting := self.request(view, picked):
+        passes = sum(self.stages[name][0] for name in waiting[2] if name in self.stages)
+        why = f'{view.method} runs the network once for every channel' + (f', about {passes:,} times.' if passes else '.')
         return Page(self.note + why, question(view, picked, self.classes), (image,), picked, k)
     try: made = self.heatmaps(picked, view.method, view.layers)
     except Exception as error:  # whatever the model raises

@@ -86,7 +86,9 @@ class Heatmaps:
         return _stretch(self._enlarged)
 
     def fuse(self) -> Tensor:
-        "One map an image, (N, H, W): the mean over layers of the enlarged maps, stretched to 0..1."
+        """One map an image, (N, H, W): the mean over layers of the enlarged maps, stretched to 0..1.
+
+        As in pytorch-grad-cam a layer counts for less where its raw maximum is not far above 1e-7."""
         return _stretch(self._enlarged.mean(-3))
 
     def __repr__(self):
@@ -133,7 +135,8 @@ def target_classes(target,                                # as in `CAM.__call__`
                    ) -> Tensor | None:
     "The classes to explain, int64 (N,); for 'all' every class, (K,); None for a function. Anything else raises."
     n, k = logits.shape
-    if classes is not None and len(classes) != k: raise ValueError(f'{len(classes)} class names for {k} logits')
+    if classes is not None and len(classes) != k:
+        raise ValueError(f'{len(classes)} class names for {k} logits; where the last layer was replaced, delete model.card or pass classes=[...]')
     if callable(target): return None
     if target is None: return logits.argmax(1)
     if _is_all(target): return torch.arange(k, device=logits.device)
@@ -275,7 +278,7 @@ def _run(model, layers, images, graph):
     "Logits; layer -> output; and the weight, input and output of the last linear layer."
     kept, runs, linear = {}, Counter(), {}
     def keep_linear(module, inputs, output):
-        linear['last'] = (module.weight, inputs[0].detach(), output.detach().clone())
+        linear['last'] = (module.weight, inputs[0].detach(), output.detach().clone()) if inputs else None
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     with _hooked(hooks + [(module, keep_linear) for module in last]): logits = model(images)
