@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -67,13 +66,17 @@ def sets(args):
     return held_out(halved(images) if args.half else images, args.hold_out)
 
 
-def threads(args): return max(1, os.cpu_count() // args.jobs)
+def asked(args):
+    "The question that the file answers."
+    try: return json.loads(args.out.read_text())['question']
+    except (ValueError, KeyError): raise SystemExit(f'{args.out} holds no ablation; choose another file') from None
 
 
 def settled(args, config):
     "The recipe with the precision that is faster here, chosen once for all runs."
     if config.precision != 'auto': return config
-    torch.set_num_threads(threads(args))
+    if args.out and args.out.exists(): return replace(config, precision=asked(args)['recipes'][WHOLE]['precision'])
+    torch.set_num_threads(args.threads)
     device, n, side = pick_device(), config.batch_size, 16 if args.half else 32
     x, y = torch.randn(n, 3, side, side, device=device), torch.zeros(n, dtype=torch.long, device=device)
     return replace(config, precision=faster_precision(make_model(config.architecture, 10).to(device), x, y))
@@ -81,7 +84,7 @@ def settled(args, config):
 
 def one_run(args, config):
     "Train by the recipe; the accuracy on the images held out, None where the loss was no number, and the seconds it took."
-    torch.set_num_threads(threads(args))
+    torch.set_num_threads(args.threads)
     train_set, test_set = sets(args)
     train_batches, test_batches = _loaders(config, train_set, test_set)
     seed_everything(config.seed)
@@ -98,28 +101,29 @@ def compared(runs):
     found = {name: values for name, values in found.items() if values}
     degrees = sum(len(values) - 1 for values in found.values())
     spread = math.sqrt(sum((len(v) - 1) * statistics.variance(v) for v in found.values() if len(v) > 1) / degrees) if degrees else None
-    rows = {name: {'mean': round(statistics.mean(values), 5), 'n': len(values)} for name, values in found.items()}
+    rows = {name: {'mean': round(statistics.mean(values), 5), 'n': len(values), 'diverged': len(runs[name]) - len(values)}
+            for name, values in found.items()}
     for name, row in rows.items():
         if name == WHOLE or WHOLE not in rows: continue
         row['difference'] = round(statistics.mean(found[name]) - statistics.mean(found[WHOLE]), 5)
         if not degrees: continue
         factor = t.ppf(1 - 0.05 / 2 / (len(rows) - 1), degrees)
         row['half_width'] = round(factor * spread * math.sqrt(1 / row['n'] + 1 / rows[WHOLE]['n']), 5)
-    return {'spread_between_seeds': spread and round(spread, 5), 'variants': rows}
+    never = [name for name, done in runs.items() if done and name not in found]
+    return {'spread_between_seeds': spread and round(spread, 5), 'variants': rows, 'always_diverged': never}
 
 
 def question(args, recipes):
     "What must be the same for runs to be compared, as JSON has it."
     return json.loads(json.dumps({'recipes': {name: asdict(recipe) for name, recipe in recipes.items()}, 'data': args.data,
-                                  'limit': args.limit, 'half': args.half, 'held_out': args.hold_out}))
+                                  'limit': args.limit, 'half': args.half, 'held_out': args.hold_out, 'versions': versions()}))
 
 
 def before(args, recipes):
     "The runs that the file holds already, if they answer the same question."
     if not (args.out and args.out.exists()): return {name: [] for name in recipes}
-    result = json.loads(args.out.read_text())
-    if result['question'] != question(args, recipes): raise SystemExit(f'{args.out} holds another measurement; choose another file')
-    return result['trained']
+    if asked(args) != question(args, recipes): raise SystemExit(f'{args.out} holds another measurement; choose another file')
+    return json.loads(args.out.read_text())['trained']
 
 
 def save(args, runs, recipes):
@@ -158,6 +162,8 @@ def main():
     parser.add_argument('--limit', type=int, help='use a sample of so many images')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file, after each run')
     args = parser.parse_args()
+    args.threads = max(1, torch.get_num_threads() // args.jobs)
+    sets(args)  # says what is wrong with the data before anything is written
     recipes = variants(settled(args, changed(_config(args.config), args.set)))
     runs = before(args, recipes)
     save(args, runs, recipes)

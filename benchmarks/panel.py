@@ -114,7 +114,7 @@ def show(rows):
 
 
 def opening(images, model, n):
-    "Seconds from the constructor to a panel that can be shown, where the logits are kept from before."
+    "Milliseconds from the constructor to a panel that can be shown, where the logits are kept from before."
     card = model.card
     store_evaluation(logits_file(model, images, card['mean'], card['std']), said_of(images))
     return [timed(lambda: HeatmapPanel(model, images)) for _ in range(n)]

@@ -45,6 +45,7 @@ def changed(config, settings):
 
 def held_out(images, n):
     "The set without `n` random images, always the same, and these."
+    if not 0 < n < len(images): raise SystemExit(f'--hold-out: found {n}, expected 1 to {len(images) - 1}, of {len(images)} images')
     order = np.random.default_rng(0).permutation(len(images))
     return images.subset(np.sort(order[n:])), images.subset(np.sort(order[:n]))
 

@@ -24,10 +24,12 @@ WHOLE = '''<meta name="description" content="a page"><h2 id="here">Here</h2><a h
 
 @pytest.fixture
 def site(tmp_path):
-    "A site of two pages without a fault."
-    (tmp_path / 'dot.png').write_bytes(b'a dot')
-    for name in ('index.html', 'other.html'): (tmp_path / name).write_text(WHOLE)
-    return tmp_path
+    "A site of two pages without a fault, and a file that is beside it."
+    folder = tmp_path / 'site'
+    folder.mkdir()
+    for file in (folder / 'dot.png', tmp_path / 'outside.png'): file.write_bytes(b'a dot')
+    for name in ('index.html', 'other.html'): (folder / name).write_text(WHOLE)
+    return folder
 
 
 def test_a_whole_site_has_no_fault(site): assert list(faults(site)) == []
@@ -36,8 +38,10 @@ def test_a_whole_site_has_no_fault(site): assert list(faults(site)) == []
 @pytest.mark.parametrize('old, new, said', [
     ('other.html', 'missing.html', 'missing.html leads to no file'),
     ('#here">here', '#there">here', '#there leads to no anchor'),
+    ('#here">here', '#description">here', '#description leads to no anchor'),
     ('other.html', 'other.html#there', 'other.html#there leads to no anchor'),
     ('dot.png', 'dash.png', 'dash.png leads to no file'),
+    ('dot.png', '../outside.png', '../outside.png leads to no file'),
     ('alt="a dot"', 'alt=""', '1 pictures without alt text'),
     ('content="a page"', 'content=""', 'no description')])
 def test_a_fault_is_found(site, old, new, said):

@@ -115,7 +115,9 @@ def test_kills_while_saving_leave_a_sound_checkpoint(tmp_path):
         shutil.rmtree(tmp_path / 'run', ignore_errors=True)
         child = context.Process(target=save_for_ever, args=(tmp_path / 'run',))
         child.start()
-        while len(checkpoints(tmp_path / 'run')) < 2: time.sleep(0.005)
+        while len(checkpoints(tmp_path / 'run')) < 2:
+            assert child.is_alive()
+            time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
         child.kill()
         child.join()

@@ -20,7 +20,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        self.ids |= {attrs.get('id'), attrs.get('name')} - {None}
+        self.ids |= {attrs.get('id'), attrs.get('name') if tag == 'a' else None} - {None}
         self.references += [attrs[key] for key in ('href', 'src') if attrs.get(key)]
         self.untold += tag == 'img' and not (attrs.get('alt') or '').strip()
         if tag == 'meta' and attrs.get('name') == 'description': self.description = attrs.get('content') or ''
@@ -40,9 +40,14 @@ def read(site):
     return {path: Page(path) for path in sorted(site.resolve().rglob('*.html'))}
 
 
+def in_site(target, site):
+    "Whether it is a file that is published with the site."
+    return target.is_file() and target.is_relative_to(site.resolve())
+
+
 def weight(page, site):
     "Bytes of the page and the pictures that are its own."
-    files = {target for _, target, _ in inside(page) if target.is_file() and target.suffix != '.html'}
+    files = {target for _, target, _ in inside(page) if in_site(target, site) and target.suffix != '.html'}
     own = [file for file in files if not str(file.relative_to(site.resolve())).startswith(SHARED)]
     return sum(file.stat().st_size for file in [page.path, *own])
 
@@ -57,7 +62,7 @@ def faults(site):
     pages = read(site)
     for path, page in pages.items():
         for written, target, anchor in inside(page):
-            if not target.is_file(): yield f'{path.name}: {written} leads to no file'
+            if not in_site(target, site): yield f'{path.name}: {written} leads to no file'
             elif target in pages and anchor and anchor not in pages[target].ids: yield f'{path.name}: {written} leads to no anchor'
         heavy, limit = weight(page, site), LIMITS.get(path.name, LIMIT)
         if heavy > limit: yield f'{path.name}: {heavy:,} bytes, expected at most {limit:,}'
