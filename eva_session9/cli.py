@@ -35,8 +35,9 @@ def _one_line_errors(command):
         sys.exit(2)
 
 def _user_errors():
+    from torch import OutOfMemoryError
     from eva_session9.save_load import CheckpointError
-    return ValueError, TypeError, OSError, FloatingPointError, MemoryError, CheckpointError
+    return ValueError, TypeError, OSError, FloatingPointError, MemoryError, OutOfMemoryError, CheckpointError
 
 # %% ../nbs/11_cli.ipynb #0271cb0b
 def _config(name, epochs=None):

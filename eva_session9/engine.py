@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
@@ -327,10 +328,10 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
        ) -> History:
     """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut.
 
-    That holds on the same machine (with a GPU, where `torch.backends.cudnn.deterministic` is set), for batches that depend on
-    nothing but `set_epoch` and torch's global generators. A loss
-    or weights that are not finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that
-    holds a run `FileExistsError` without `resume`, and one that holds another run `ValueError`."""
+    That holds on the same machine (with a GPU, where `torch.backends.cudnn.deterministic` is set and the recipe does not
+    compile), for batches that depend on nothing but `set_epoch` and torch's global generators. A loss or weights that are not
+    finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that holds a run
+    `FileExistsError` without `resume`, and one that holds another run `ValueError`."""
     _check_batches(train_batches)
     if isinstance(test_batches, Iterator): raise ValueError(_ONCE.format('test'))
     if out is not None: _check_writable(Path(out))
@@ -363,9 +364,11 @@ def _epoch(network, parts, train_batches, test_batches, config, precision, epoch
 
 def _check_finite(model, epoch):
     "Refuse to go on with weights, or to store weights, that are not finite."
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise FloatingPointError(f'{name} is not finite after epoch {epoch + 1}; start again in another folder, with a lower learning rate')
+    values = model.state_dict()
+    finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()  # one answer to wait for
+    broken = [name for name, fine in zip(values, finite) if not fine]
+    if broken:
+        raise FloatingPointError(f'{broken[0]} is not finite after epoch {epoch + 1}; start again in another folder, with a lower learning rate')
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
 def _step(parts, config, size):
@@ -384,7 +387,10 @@ def _resized(x, size):
 
 def _compiled(model, config, device):
     "The network with fused kernels, replayed as CUDA graphs, where the recipe says so and there is a GPU."
-    return torch.compile(model, mode='reduce-overhead', dynamic=False) if config.compile and device.type == 'cuda' else model
+    if not config.compile or device.type != 'cuda': return model
+    if find_spec('triton'): return torch.compile(model, mode='reduce-overhead', dynamic=False)
+    warnings.warn('Triton is not installed, so the network is not compiled; install it for more speed')
+    return model
 
 def _keep_memory():
     "Have glibc keep the memory that a step on a processor frees, for the next one; other C libraries do as they like."

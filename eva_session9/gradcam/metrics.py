@@ -141,16 +141,20 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
     if removed.flatten(1).all(1).any(): raise ValueError('removed: an image has no pixel left to fill in from')
     unknown, dtype = removed[:, None], images.dtype
     images = images.to(torch.promote_types(dtype, torch.float32))
-    weights = images.new_tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]]) / 12
-    def neighbours(x): return F.conv2d(x, weights.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1])
-    def laplacian(x): return torch.where(unknown, present * x - neighbours(x), 0)
+    def laplacian(x): return torch.where(unknown, present * x - _neighbours(x), 0)
     with torch.autocast(images.device.type, enabled=False):
-        present = neighbours(torch.ones_like(images[:1, :1]))  # less than 1 at the border
-        from_rim = torch.where(unknown, neighbours(torch.where(unknown, 0, images)), 0)
+        present = _neighbours(torch.ones_like(images[:1, :1]))  # less than 1 at the border
+        from_rim = torch.where(unknown, _neighbours(torch.where(unknown, 0, images)), 0)
         solved = conjugate_gradient(laplacian, from_rim)
     generator = torch.Generator().manual_seed(seed)
     grain = noise * torch.randn(images.shape[1:], generator=generator).to(images)
     return torch.where(unknown, solved + grain, images).to(dtype)
+
+def _neighbours(x):
+    "The weighted mean of the eight neighbours, by sums: a GPU would round the products of a convolution to ten bits."
+    x = F.pad(x, (1, 1, 1, 1))
+    rows = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:] - 4 * x[:, :, 1:-1, 1:-1]) / 12
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #c5e11ac0
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
