@@ -3,12 +3,12 @@
 `loader` transforms image by image in worker processes, `Batches` whole batches on the device. Both do what a recipe
 declares, on the same random 32 x 32 images, and end with normalised float batches. Workers are started and each road has
 gone through the set once before the clock starts; the two then take turns. On a GPU, the time that `Batches` takes for a
-batch is also set against that of a whole training step with it.
+batch is also set against that of a whole training step with it; give more --images there, for epochs of some seconds.
 """
 import argparse
 import json
+import shlex
 import statistics
-import sys
 import time
 from dataclasses import replace
 
@@ -37,11 +37,12 @@ def read(batches):
     return time.perf_counter() - start
 
 
-def share_of_training(images, transform, config, augmenting):
-    "Seconds of augmentation by those of training with it, after an epoch that compiles."
+def share_of_training(images, transform, config, rounds):
+    "Median seconds of augmentation by those of training with the same batches, after an epoch that compiles."
     batches = Batches(images, transform, config.batch_size, drop_last=True)
-    history = fit(make_model(config.architecture, 10), batches, None, replace(config, epochs=3, sizes=(), precision='bf16'))
-    return augmenting / min(epoch['seconds'] for epoch in history.epochs)
+    history = fit(make_model(config.architecture, 10), batches, None, replace(config, epochs=1 + rounds, sizes=(), precision='bf16'))
+    augmenting = statistics.median(read(batches) for _ in range(rounds))
+    return augmenting / statistics.median(epoch['seconds'] for epoch in history.epochs[1:])
 
 
 def compared(name, args):
@@ -58,7 +59,7 @@ def compared(name, args):
     result = {'images_per_second': {road: round(rate) for road, rate in rates.items()},
               'ratio': round(rates['Batches'] / rates['loader'], 1), 'seconds': seconds}
     if pick_device().type == 'cuda':
-        result['share_of_training'] = round(share_of_training(images, transform, config, min(seconds['Batches'])), 3)
+        result['share_of_training'] = round(share_of_training(images, transform, config, args.rounds), 3)
     return result
 
 
@@ -72,7 +73,8 @@ def main():
     args, start = parser.parse_args(), time.perf_counter()
     result = {'recipes': {name: compared(name, args) for name in args.recipes}, 'workers': args.workers,
               'seconds': round(time.perf_counter() - start, 1), 'hardware': hardware(pick_device()), 'versions': versions(),
-              'command': ' '.join(['python', *sys.argv])}
+              'command': shlex.join(['python', 'benchmarks/augment.py', *args.recipes, '--images', str(args.images),
+                                     '--workers', str(args.workers), '--rounds', str(args.rounds)])}
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:

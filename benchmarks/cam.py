@@ -222,7 +222,7 @@ def main():
     model, machine = network(), hardware(pick_device('cpu'))
     print(f'{machine}; load {os.getloadavg()[0]:.1f}; torch {torch.__version__}')
     print(f'{args.rounds} rounds, {args.clock} clock')
-    sections, start = {}, time.perf_counter()
+    sections, start, shipped = {}, time.perf_counter(), trained()
     for batch_size in args.batch:
         sections[f'speed at batch {batch_size}'] = speed(model, batch_size, args.rounds, args.clock)
         show(sections[f'speed at batch {batch_size}'])
@@ -230,7 +230,7 @@ def main():
     show(sections['saved for backward'])
     sections['EigenCAM'] = eigen(model, args.rounds, args.clock)
     show(sections['EigenCAM'])
-    shipped, sha256 = trained(), ''
+    sha256 = ''
     if shipped is None: print('bfloat16: skipped; it needs the shipped weights and, at EVA9_CIFAR10, CIFAR-10')
     else:
         sections['bfloat16'], sha256 = bfloat16(*shipped, args.rounds, args.clock), shipped[0].card['sha256']

@@ -8,9 +8,9 @@
   class, with the map of another image, and with the map after the weights were drawn anew, stage by stage.
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
-for sanity on 20. Each measured row is kept in --work and not measured again, so a run that was cut goes on, and two
-processes can measure the two sets (--only) before a third joins them. Means have 95% bootstrap intervals over images; "over
-centre" is the mean difference, image by image, to the bump in the middle. Times are taken last, on an idle machine if you can.
+for sanity on 20. Each measured row is kept in --work, and not measured again in the same precision by the same version of
+torch, so a run that was cut goes on, and two processes can measure the two sets (--only) before a third joins them. Means
+have 95% bootstrap intervals over images; "over centre" is the mean difference, image by image, to the bump in the middle. Times are taken last, on an idle machine if you can.
 """
 import argparse
 import hashlib
@@ -114,8 +114,8 @@ class Rows:
     "Measured rows, each a dictionary of tensors (N,), kept in a folder."
     seconds = 0.0  # that all rows took, whenever they were measured
 
-    def __init__(self, folder, key):
-        self.folder, self.rows = folder / key, {}
+    def __init__(self, folder, key, low):
+        self.folder, self.rows = folder / f"{key}-{'bf16' if low else 'fp32'}-torch-{torch.__version__}", {}
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self, name, layer, work):
@@ -182,7 +182,7 @@ def study_shapes(n, work):
     facts |= {'object share': masks.float().mean().item(), 'pairs': len(two),
               'both objects in the top two': named.all(1).float().mean().item(),
               'precision of slow methods': 'bf16' if low else 'fp32'}
-    rows = Rows(work, f'shapes-{n}')
+    rows = Rows(work, f'shapes-{n}', low)
     for name, maps in controls(x).items(): rows.measure(name, '', lambda: place(maps, masks))
     for layer, side in zip(LAYERS, (16, 8, 4)):
         ceiling = Heatmaps({layer: oracle(masks, (side, side))}, (32, 32), logits, target).maps[:, 0]
@@ -199,7 +199,7 @@ def study_shapes(n, work):
         count = SOME if name in SLOW else n
         maps, row = explained(cam, x[:count], target[:count], low and name in SLOW)
         return row | place(maps, masks[:count])
-    pairs = Rows(work, f'pairs-{n}')
+    pairs = Rows(work, f'pairs-{n}', low)
     for name, layer, cam in tqdm(list(explainers(model)), 'shapes'):
         rows.measure(name, layer, lambda: work_on(name, cam))
         pairs.measure(name, layer, lambda: {'named less other': class_of_two(name, cam)})
@@ -224,7 +224,7 @@ def study_cifar10(root, n, work):
     hidden = in_batches(lambda a, b: {'c': confidence(fast, blurred(a, SIGMA), b)}, x, target)['c']
     facts = {'accuracy': (target.numpy() == images.labels).mean().item(), 'confidence when blurred': hidden.mean().item(),
              'sigma': SIGMA, 'precision': 'bf16' if fast.low else 'fp32'}
-    rows, sanity = (Rows(work, f"{what}-{model.card['sha256'][:8]}-{n}") for what in ('cifar10', 'sanity'))
+    rows, sanity = (Rows(work, f"{what}-{model.card['sha256'][:8]}-{n}", fast.low) for what in ('cifar10', 'sanity'))
 
     def faithful(maps):  # rounded: methods that agree but for the last digits are then measured once
         return in_batches(lambda *batch: faithfulness(fast, *batch), x[:len(maps)], maps.round(decimals=4), target[:len(maps)])

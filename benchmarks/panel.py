@@ -26,7 +26,7 @@ from eva_session9.config import hardware, pick_device, versions
 from eva_session9.data import cifar10, shapes
 from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
-from eva_session9.panel import ORDERS, HeatmapPanel, logits_file, store_evaluation, uses_gradients
+from eva_session9.panel import COLUMNS, ORDERS, ROWS, HeatmapPanel, logits_file, store_evaluation, uses_gradients
 from eva_session9.save_load import pretrained
 
 QUICK = [name for name in METHODS if uses_gradients(name)] + ['EigenCAM']
@@ -77,6 +77,7 @@ def look(panel):
 def list_of(panel):
     values = {'show': ['wrong', 'right', 'all'], 'true': ['any', *range(10)], 'predicted': ['any', *range(10)],
               'order': list(ORDERS), 'confidence': [(0, 1), (0.2, 0.6), (0.5, 1)]}
+    for name, (first, *_) in values.items(): panel.controls[name].value = first  # or filters would add up to an empty list
     name = random.choice(list(values))
     return setting(panel, name, values[name])
 
@@ -140,7 +141,7 @@ READY = '''before => {
 
 
 def browser(images_limit, actions):
-    "Rows for a page of `eva9_panel` in Chromium: pick another thumbnail, and wait for another last heatmap."
+    "Rows for a page of `eva9_panel` in Chromium: pick a thumbnail that was not picked before, and wait for another last heatmap."
     from playwright.sync_api import sync_playwright
     command = [Path(sys.executable).parent/'eva9_panel', '--data', 'shapes', '--limit', str(images_limit), '--port', '0', '--no-browser']
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
@@ -162,14 +163,17 @@ def browser(images_limit, actions):
 
 
 def clicked(page, i):
-    "Milliseconds from a click on a thumbnail to another last heatmap."
-    before = page.locator('.eva9-pictures img').nth(3).get_attribute('src')
-    thumb = page.locator('.eva9-grid .widget-radio-box label').nth((7 * i + 1) % 25)
-
-    def action():
-        thumb.click()
-        page.wait_for_function(READY, arg=before, polling='raf', timeout=10_000)
-    return timed(action)
+    "Milliseconds from a click on the next thumbnail to another last heatmap; the first of a page is picked by turning to it."
+    last = page.locator('.eva9-pictures img').nth(3)
+    def answered(button):
+        before = last.get_attribute('src')
+        def action():
+            button.click()
+            page.wait_for_function(READY, arg=before, polling='raf', timeout=10_000)
+        return action
+    place = i % (COLUMNS * ROWS - 1) + 1
+    if i and place == 1: answered(page.get_by_role('button', name='Next page'))()
+    return timed(answered(page.locator('.eva9-grid .widget-radio-box label').nth(place)))
 
 
 def main():
@@ -185,7 +189,7 @@ def main():
         os.environ['XDG_CACHE_HOME'] = cache
         images, what = test_images(args.images)
         rows = kernel(images, args.actions)
-        if args.browser: rows += browser(200, args.actions)
+        if args.browser: rows += browser(1000, args.actions)
     if args.out:
         command = f'python benchmarks/panel.py --images {args.images} --actions {args.actions}{" --browser" * args.browser}'
         result = {'latency': rows, 'images': what, 'weights_sha256': pretrained().card['sha256'], 'hardware': machine,

@@ -23,15 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import t
 
 from eva_session9.cli import _config, _loaders, _save_trained, _sets
-from eva_session9.config import config_from, hardware, pick_device, seed_everything, versions
+from eva_session9.config import config_from, seed_everything, versions
 from eva_session9.engine import fit, forward
 from eva_session9.models.resnet import make_model
 from eva_session9.save_load import write_atomically
-
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
-       2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # Student's t, 1 to 30 degrees
 
 
 def changed(config, settings):
@@ -81,16 +79,19 @@ def kept(model, train_set, history, tested, command, out):
 
 
 def one_run(config, train_set, test_set, keep, command):
-    "Train with the recipe's seed, and test once."
+    "Train with the recipe's seed, and test once; the seconds are those of training, in whichever processes, and of testing in this one."
     train_batches, test_batches = _loaders(config, train_set, test_set)
     seed_everything(config.seed)
     model = make_model(config.architecture, len(train_set.classes))
     out = keep and Path(keep) / f'seed-{config.seed}'
     history = fit(model, train_batches, None, config, out=out, resume=True)
+    start = time.perf_counter()
     accuracy = accuracies(model, test_batches, history.precision)
+    testing = time.perf_counter() - start
     if out: kept(model, train_set, history, {'accuracy': accuracy['plain'], 'tested_on': len(test_set)}, command, out)
     return {'seed': config.seed, 'accuracy': accuracy,
-            'seconds': round(history.seconds, 2), 'precision': history.precision, 'history': history.epochs}
+            'seconds': round(history.seconds, 2), 'seconds_to_test': round(testing, 2), 'precision': history.precision,
+            'hardware': history.hardware, 'history': history.epochs}
 
 
 def summary(values):
@@ -98,7 +99,7 @@ def summary(values):
     n, mean = len(values), statistics.mean(values)
     if n < 2: return {'mean': round(mean, 5), 'min': round(mean, 5), 'n': n}
     sd = statistics.stdev(values)
-    half = (T95[n - 2] if n <= 31 else 1.96 + 2.4 / (n - 1)) * sd / math.sqrt(n)
+    half = t.ppf(0.975, n - 1) * sd / math.sqrt(n)
     return {'mean': round(mean, 5), 'sd': round(sd, 5), 'min': round(min(values), 5), 'n': n,
             'interval95': [round(mean - half, 5), round(mean + half, 5)]}
 
@@ -108,6 +109,11 @@ def command(args, script='reproduce.py', **more):
     given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds, '--hold-out': args.hold_out, **more}
     words = [word for flag, value in given.items() if value for word in (flag, str(value))]
     return shlex.join(['python', f'benchmarks/{script}', *words, *(word for setting in args.set for word in ('--set', setting))])
+
+
+def unfinished(path):
+    "Where a result is kept until it is whole, so that a run that fails spares an earlier one."
+    return path.with_name(f'{path.name}.part')
 
 
 def main():
@@ -120,22 +126,23 @@ def main():
     parser.add_argument('--limit', type=int, help='use a sample of so many training and so many test images')
     parser.add_argument('--hold-out', type=int, default=0, metavar='N', help='test on N images held out of the training set')
     parser.add_argument('--keep', help='folder for checkpoints and models; with it, a run that was cut goes on')
-    parser.add_argument('--out', type=Path, help='also write the result to this .json file, after each seed')
+    parser.add_argument('--out', type=Path, help='also write the result to this .json file; after each seed to it with .part')
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True  # of a GPU; otherwise without effect
     config = changed(_config(args.config), args.set)
     sets = _sets(args.data, args.root, args.limit)
     if args.hold_out: sets = held_out(sets[0], args.hold_out)
-    runs, start = [], time.perf_counter()
+    runs = []
     for seed in range(42, 42 + args.seeds):
         runs.append(one_run(replace(config, seed=seed), *sets, args.keep, command(args)))
         ways = {way: summary([run['accuracy'][way] for run in runs]) for way in runs[0]['accuracy']}
         result = {**ways.pop('plain'), 'test_time_augmentation': ways, 'tested_on': len(sets[1]), 'held_out': bool(args.hold_out),
                   'seconds_a_run': round(statistics.median(run['seconds'] for run in runs), 2), 'config': asdict(config), 'runs': runs,
-                  'hardware': hardware(pick_device()), 'versions': versions(), 'seconds': round(time.perf_counter() - start, 1),
-                  'command': command(args)}
-        if args.out: write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
+                  'hardware': ' and '.join(sorted({run['hardware'] for run in runs})), 'versions': versions(),
+                  'seconds': round(sum(run['seconds'] + run['seconds_to_test'] for run in runs), 1), 'command': command(args)}
+        if args.out: write_atomically(unfinished(args.out), json.dumps(result, indent=1).encode() + b'\n')
         print(seed, runs[-1]['accuracy'], f"{runs[-1]['seconds']} s", flush=True)
+    if args.out: unfinished(args.out).replace(args.out)
     print(json.dumps({name: value for name, value in result.items() if name != 'runs'}, indent=1))
 
 

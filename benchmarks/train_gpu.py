@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from augment import random_images
+from reproduce import unfinished
 from eva_session9.cli import _config, _loaders
 from eva_session9.config import hardware, pick_device, seed_everything, versions
 from eva_session9.engine import fit, test
 from eva_session9.models.resnet import make_model
+from eva_session9.save_load import write_atomically
 
 MULTIPLY_ADDS = 555_422_720  # of ResNet-18 for one image of 32 x 32, forward
 FIRST = 1_769_472            # of these in the first convolution, which needs no gradient for the image
@@ -50,6 +52,7 @@ def trained(config, batches):
 def measured(name, images, peak):
     "Times of one recipe."
     config = replace(_config(name), batched=True, compile=True, precision='bf16', sizes=())
+    if config.architecture != 'resnet18': raise SystemExit(f'{name}: found {config.architecture}, expected resnet18, whose operations are counted here')
     batches = _loaders(config, images, images)[0]
     first, _ = seconds(lambda: trained(replace(config, epochs=1), batches))
     torch.cuda.reset_peak_memory_stats()
@@ -61,7 +64,7 @@ def measured(name, images, peak):
     rate = len(batches) * config.batch_size / epoch
     return {'first_epoch_with_compilation': round(first, 2), 'seconds_for_all_epochs': round(whole, 2), 'epochs': config.epochs,
             'median_epoch': epoch, 'images_per_second': round(rate), 'share_of_matmul_peak': round(rate * OPERATIONS / peak, 3),
-            'seconds_to_test_10000': round(testing, 3), 'memory_gib': round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            'seconds_to_test_10000': round(testing, 3), 'memory_reserved_gib': round(torch.cuda.max_memory_reserved() / 2**30, 2),
             'epoch_seconds': [e['seconds'] for e in history.epochs], 'config': asdict(config)}
 
 
@@ -81,8 +84,9 @@ def main():
     for name in args.recipes:
         result['recipes'][name] = measured(name, images, peak)
         result['seconds'] = round(time.perf_counter() - start, 1)
-        if args.out: args.out.write_text(json.dumps(result, indent=1) + '\n')
+        if args.out: write_atomically(unfinished(args.out), json.dumps(result, indent=1).encode() + b'\n')
         print(name, json.dumps(result['recipes'][name], indent=1), flush=True)
+    if args.out: unfinished(args.out).replace(args.out)
 
 
 if __name__ == '__main__': main()

@@ -114,7 +114,7 @@ def test_search_finds_names_and_prose(home, browser, words, where):
     page.goto(f'{home}/index.html')
     page.keyboard.press('/')
     page.keyboard.type(words)
-    page.locator(f'a.search-result[href*="{where}"]:visible', has_text=words.split()[0]).first.wait_for(timeout=5_000)
+    page.locator(f'a.search-result[href*="{where}"]:visible', has_text=words.split()[0]).first.wait_for(timeout=30_000)
     assert wrong == []
     page.close()
 

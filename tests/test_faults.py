@@ -120,7 +120,7 @@ def test_kills_while_saving_leave_a_sound_checkpoint(tmp_path):
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.05))
         child.kill()
-        child.join()
+        child.join(120)
         state = load_checkpoint(tmp_path / 'run')
         assert (state['x'] == state['epoch']).all()
     save_checkpoint(tmp_path / 'run', state['epoch'] + 1, {})
