@@ -1,7 +1,6 @@
 "The promises that hold for the project as a whole: layers, dependencies, light notebooks, honest results."
 import ast, base64, hashlib, json, os, re, subprocess, sys
 from configparser import ConfigParser
-from dataclasses import asdict
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from nbdev.config import get_config
 
 import eva_session9
-from eva_session9.config import Config
+from eva_session9.config import Config, config_from
 from eva_session9.save_load import pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,7 +290,7 @@ def test_the_shipped_weights_are_those_of_the_recipe_run():
 
 def test_the_assignment_shows_the_run_on_record():
     run = json.loads((ROOT / 'results/session9.json').read_text(encoding='utf-8'))
-    assert run['config'] == asdict(Config.session9()) and len(run['history']) == 20
+    assert config_from(run['config']) == Config.session9() and len(run['history']) == 20
     shown = ''.join(''.join(output.get('text', '')) for output in outputs(ROOT / 'nbs/session9.ipynb'))
     assert f"{run['history'][-1]['test_accuracy']:.2%} of 10,000 test images after 20 epochs" in shown
 
