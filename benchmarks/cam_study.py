@@ -10,7 +10,8 @@
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
 for sanity on 20. Each measured row is kept in --work, and not measured again in the same precision by the same version of
 torch, so a run that was cut goes on, and two processes can measure the two sets (--only) before a third joins them. Means
-have 95% bootstrap intervals over images; "over centre" is the mean difference, image by image, to the bump in the middle. Times are taken last, on an idle machine if you can.
+have 95% bootstrap intervals over images; "over centre" is the mean difference, image by image, to the bump in the middle. Times are
+taken last, on an idle machine if you can.
 """
 import argparse
 import hashlib

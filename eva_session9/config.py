@@ -66,7 +66,7 @@ class Config:
     @classmethod
     def laptop(cls) -> 'Config':
         "The same for a processor: few epochs, the first on small images. Not tuned by measurement yet."
-        return replace(cls.fast(), epochs=8, batch_size=256, lr=0.4, sizes=(16, 24, 32), compile=False)
+        return replace(cls.fast(), epochs=7, batch_size=256, lr=0.4, sizes=(16, 24, 32), compile=False)
 
     def size(self, epoch: int # 0, 1, 2, ...
             ) -> int | None: # pixels a side; None: as the images are
