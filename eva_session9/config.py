@@ -61,7 +61,7 @@ class Config:
     def fast(cls) -> 'Config':
         "A start for a GPU: 20 epochs in large batches, with what published fast recipes use. Not tuned by measurement yet."
         return cls(batch_size=512, lr=0.5, nesterov=True, weight_decay=1e-3, warmup=0.2, label_smoothing=0.1, lookahead=5,
-                   zero_gamma=True, rotate=0.0, cutout=0, crop=4, alternating_flip=True, batched=True, compile=True)
+                   zero_gamma=True, rotate=0.0, cutout=0, crop=4, alternating_flip=True, muon_lr=0.24, batched=True, compile=True)
 
     @classmethod
     def laptop(cls) -> 'Config':

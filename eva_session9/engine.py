@@ -43,7 +43,7 @@ def train_step(model: nn.Module,                 # in train mode
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if not loss.isfinite(): raise FloatingPointError(f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}')
-    optimizer.step()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): optimizer.step()
     return loss.detach(), logits.detach()
 
 # %% ../nbs/06_engine.ipynb #3d753fb5
@@ -254,8 +254,8 @@ class Muon(torch.optim.SGD):
 def orthogonal(matrix: Tensor, # (M, N)
                steps: int = 3  # of the iteration
               ) -> Tensor:     # (M, N), in the type of the matrix; its larger singular values are about one
-    "The nearest matrix with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order, on a GPU in bfloat16."
-    x = (matrix.bfloat16() if matrix.is_cuda else matrix) / (matrix.norm() + 1e-7)
+    "The nearest matrix with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order, its products in the type of autocast."
+    x = matrix / (matrix.norm() + 1e-7)
     if len(matrix) > matrix.shape[1]: x = x.T
     for _ in range(steps):
         gram = x @ x.T
