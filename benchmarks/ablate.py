@@ -5,7 +5,7 @@
 takes the fast recipe as it is, which wants a GPU. On a processor the question has to be made smaller: fewer epochs, on images
 of half the side (means of 2 x 2 pixels), two runs at a time:
 
-    python benchmarks/ablate.py --config laptop --set epochs=4 --set sizes=[] --set crop=2 --half --jobs 2 --out results/ablation.json
+    python benchmarks/ablate.py --set epochs=4 --set crop=2 --half --jobs 2 --out results/ablation.json
 
 Each variant is trained from the same seeds. A difference comes with an interval, for which the spread between seeds is taken to
 be that of all variants together (Student's t), wide enough that all the intervals hold at once with 95% (Bonferroni). The test
@@ -35,11 +35,11 @@ WHOLE, COURSE = 'the whole recipe', "the course's recipe"
 
 
 def variants(config):
-    "The recipe, the recipe without each of its parts or with one more, and the course's for as many epochs: name -> recipe."
+    "The recipe, the recipe without each part it has or with one more, and the course's for as many epochs: name -> recipe."
     drop = max(1, round(0.3 * config.epochs))  # the course's schedule, in proportion: three drops in 20 epochs
     cutout = 4 * config.crop  # 16 pixels where a shift may be of 4, as in the course
-    return {WHOLE: config, **{name: replace(config, **fields) for name, fields in {
-        'Muon': {'muon_lr': 0.24},
+    changes = {
+        'SGD in place of Muon': {'muon_lr': 0.0},
         'steps in place of warm-up and a fall to zero': {'warmup': 0.0, 'step_size': drop},
         "no Nesterov's form": {'nesterov': False},
         'no weight decay': {'weight_decay': 0.0},
@@ -49,7 +49,10 @@ def variants(config):
         'no shifts': {'crop': 0},
         'flips at random': {'alternating_flip': False},
         'no flips': {'alternating_flip': False, 'flip_p': 0.0},
-        'rotation and cutout as well': {'rotate': 15.0, 'cutout': cutout}}.items()},
+        'rotation and cutout as well': {'rotate': 15.0, 'cutout': cutout},
+        'Muon as well': {'muon_lr': 0.24}}
+    changed_recipes = {name: replace(config, **fields) for name, fields in changes.items()}
+    return {WHOLE: config, **{name: recipe for name, recipe in changed_recipes.items() if recipe != config},
         COURSE: Config(config.architecture, config.epochs, step_size=drop, cutout=cutout, precision=config.precision)}
 
 

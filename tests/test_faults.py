@@ -36,6 +36,9 @@ def in_child(target, *args):
     child = context.Process(target=target, args=args)
     child.start()
     child.join(120)
+    if child.is_alive():
+        child.kill()
+        raise TimeoutError(f'{target.__name__} was at work for two minutes')
     return child.exitcode
 
 
@@ -64,7 +67,7 @@ def course_batches(images, seed, workers):
 
 def fast_batches(images, seed):
     "A recipe with all that others add, and its batches made on the device. Weights are averaged at steps 5, 10 and 12."
-    config = replace(Config.fast(), epochs=3, batch_size=6, crop=2, sizes=(8, 12), muon_lr=0.05, seed=seed, precision='fp32')
+    config = replace(Config.fast(), epochs=3, batch_size=6, crop=2, sizes=(8, 12), muon_lr=0.05, seed=seed, precision='bf16')
     return config, KillingBatches(images, train_transforms(*images.stats(), config, size=12), config.batch_size, seed, 'cpu')
 
 

@@ -1,0 +1,65 @@
+"What the benchmarks compute, without what takes them hours."
+import json, sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from eva_session9.config import Config
+from eva_session9.data import shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+
+from ablate import COURSE, WHOLE, compared, halved, variants
+from reproduce import held_out, looks, summary
+
+
+def test_no_image_is_both_trained_on_and_held_out():
+    images = shapes(50)
+    kept, out = held_out(images, 10)
+    assert (len(kept), len(out)) == (40, 10)
+    assert {image.tobytes() for part in (kept, out) for image in part.images} == {image.tobytes() for image in images.images}
+    with pytest.raises(SystemExit, match='expected 1 to 49'): held_out(images, 50)
+
+
+def test_the_interval_is_that_of_students_t():
+    found = summary([0.90, 0.92, 0.94])
+    assert (found['mean'], found['sd'], found['min'], found['n']) == (0.92, 0.02, 0.90, 3)
+    assert found['interval95'] == pytest.approx([0.92 - 4.3027 * 0.02 / 3**0.5, 0.92 + 4.3027 * 0.02 / 3**0.5], abs=1e-4)
+    assert 'interval95' not in summary([0.9])
+
+
+def test_two_and_six_views_are_the_means_they_say():
+    x = torch.rand(1, 1, 8, 8)
+    found = {way: logits.view(8, 8) for way, logits in looks(nn.Flatten(), x, 'fp32').items()}
+    pixel = x[0, 0]
+    def both(row, column, mirrored): return (pixel[row, column] + pixel[row, mirrored]) / 2
+    assert found['flip'][3, 4] == both(3, 4, 3)
+    assert torch.isclose(found['six views'][3, 4], both(3, 4, 3) / 2 + both(2, 3, 2) / 4 + both(4, 5, 4) / 4)
+
+
+def test_differences_come_with_the_spread_of_all_and_hold_together():
+    runs = {WHOLE: (0.90, 0.92), 'x': (0.80, 0.82), 'y': (0.91, 0.93)}
+    found = compared({name: [{'accuracy': value} for value in values] for name, values in runs.items()})['variants']
+    assert (found['x']['difference'], found['y']['difference']) == pytest.approx((-0.10, 0.01))
+    assert found['x']['half_width'] == pytest.approx(4.1765 * 0.0002**0.5, abs=1e-4)  # t at 0.05 / 2 for two differences, 3 degrees
+    diverged = compared({WHOLE: [{'accuracy': 0.9}], 'x': [{'accuracy': None}]})
+    assert diverged['always_diverged'] == ['x'] and 'half_width' not in diverged['variants'][WHOLE]
+
+
+def test_each_variant_changes_one_part():
+    config = replace(Config.fast(), epochs=4)
+    recipes = variants(config)
+    assert recipes[WHOLE] == config and len({json.dumps(asdict(recipe)) for recipe in recipes.values()}) == len(recipes)
+    assert 'SGD in place of Muon' in recipes and 'Muon as well' not in recipes
+    assert 'Muon as well' in variants(replace(config, muon_lr=0.0))
+    assert (recipes[COURSE].batch_size, recipes[COURSE].step_size, recipes[COURSE].lr) == (32, 1, 0.01)
+
+
+def test_images_of_half_the_side_are_means_of_four_pixels():
+    images = shapes(3)
+    assert halved(images).images.shape == (3, 16, 16, 3)
+    assert abs(halved(images).images[1, 2, 3] - images.images[1, 4:6, 6:8].astype(float).mean((0, 1))).max() <= 0.5
