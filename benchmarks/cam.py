@@ -20,6 +20,7 @@ from eva_session9.config import hardware, pick_device, versions
 from eva_session9.gradcam import EigenCAM, GradCAM
 from eva_session9.gradcam.methods import first_component
 from eva_session9.models.resnet import resnet18
+from eva_session9.save_load import write_atomically
 
 LAYERS = ['layer2', 'layer3', 'layer4']
 TARGETS = {  # at least so many times our time
@@ -241,7 +242,7 @@ def main():
         command = f'python benchmarks/cam.py --batch {batches} --rounds {args.rounds} --clock {args.clock}{threads}'
         result = {**sections, 'rounds': args.rounds, 'clock': args.clock, 'hardware': machine, 'versions': versions(),
                   'load': os.getloadavg()[0], 'weights_sha256': sha256, 'seconds': round(time.perf_counter() - start), 'command': command}
-        args.out.write_text(json.dumps(result, indent=1) + '\n')
+        write_atomically(args.out, (json.dumps(result, indent=1) + '\n').encode())
 
 
 if __name__ == '__main__': main()

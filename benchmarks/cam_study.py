@@ -33,7 +33,7 @@ from eva_session9.gradcam import (METHODS, Heatmaps, Status, area_under, bootstr
 from eva_session9.gradcam.metrics import blurred
 from eva_session9.models.resnet import resnet18
 from eva_session9.preprocessing import loader, test_transforms
-from eva_session9.save_load import pretrained
+from eva_session9.save_load import pretrained, write_atomically
 
 LAYERS = ['layer2', 'layer3', 'layer4']
 STAGES = ['fc', 'layer4', 'layer3', 'layer2', 'layer1', 'conv1']
@@ -279,7 +279,7 @@ def main():
     if args.only: return
     found |= {'time': milliseconds(), 'seed': 0, 'hardware': machine, 'versions': versions(), 'seconds': round(Rows.seconds),
               'command': f'python benchmarks/cam_study.py --shapes {args.shapes} --images {args.images}'}
-    args.out.write_text(json.dumps(found, indent=1) + '\n')
+    write_atomically(args.out, (json.dumps(found, indent=1) + '\n').encode())
     print(args.out)
 
 

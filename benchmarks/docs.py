@@ -21,6 +21,7 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from eva_session9.config import hardware, versions
+from eva_session9.save_load import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / '_docs'
@@ -94,7 +95,7 @@ def main():
               'seconds': round(time.perf_counter() - start, 1), 'command': f'python benchmarks/docs.py --repeats {args.repeats}'}
     text = json.dumps(result, indent=1)
     print(text)
-    if args.out: args.out.write_text(text + '\n')
+    if args.out: write_atomically(args.out, (text + '\n').encode())
 
 
 if __name__ == '__main__': main()

@@ -18,6 +18,7 @@ import torch
 from eva_session9.config import hardware, pick_device, versions
 from eva_session9.engine import _keep_memory, train_step
 from eva_session9.models.resnet import resnet18
+from eva_session9.save_load import write_atomically
 
 
 def fastest_step(batch_size, steps=4):
@@ -61,7 +62,7 @@ def main():
     result = {'steps': steps, 'seconds': round(time.perf_counter() - began), 'hardware': hardware(pick_device('cpu')), 'versions': versions(),
               'command': f"python benchmarks/memory.py --batches {' '.join(map(str, args.batches))} --rounds {args.rounds}"}
     print(json.dumps(result, indent=1))
-    if args.out: args.out.write_text(json.dumps(result, indent=1) + '\n')
+    if args.out: write_atomically(args.out, (json.dumps(result, indent=1) + '\n').encode())
 
 
 if __name__ == '__main__': main()

@@ -27,7 +27,7 @@ from eva_session9.data import cifar10, shapes
 from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
 from eva_session9.panel import COLUMNS, ORDERS, ROWS, HeatmapPanel, logits_file, store_evaluation, uses_gradients
-from eva_session9.save_load import pretrained
+from eva_session9.save_load import pretrained, write_atomically
 
 QUICK = [name for name in METHODS if uses_gradients(name)] + ['EigenCAM']
 TARGETS = {  # p95, milliseconds
@@ -194,7 +194,7 @@ def main():
         command = f'python benchmarks/panel.py --images {args.images} --actions {args.actions}{" --browser" * args.browser}'
         result = {'latency': rows, 'images': what, 'weights_sha256': pretrained().card['sha256'], 'hardware': machine,
                   'versions': versions(), 'seconds': round(time.perf_counter() - start, 1), 'command': command}
-        args.out.write_text(json.dumps(result, indent=1) + '\n')
+        write_atomically(args.out, (json.dumps(result, indent=1) + '\n').encode())
 
 
 if __name__ == '__main__': main()

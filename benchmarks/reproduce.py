@@ -88,7 +88,7 @@ def one_run(config, train_set, test_set, keep, command):
     seed_everything(config.seed)
     model = make_model(config.architecture, len(train_set.classes))
     out = keep and Path(keep) / f'seed-{config.seed}'
-    history = fit(model, train_batches, None, config, out=out, resume=True)
+    history = fit(model, train_batches, None, config, out=out, resume=out is not None)
     seconds = max(time.perf_counter() - start, history.seconds)  # a run that was resumed took at least its epochs
     start = time.perf_counter()
     accuracy = {'plain': test(model, test_batches, history.precision).accuracy}

@@ -76,14 +76,14 @@ def _loaders(config, train_set, test_set):
         return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
                 Batches(test_set, plain, 500, shuffle=False))
     on_cpu = pick_device().type == 'cpu'
-    options = {'num_workers': 0 if on_cpu else min(8, os.cpu_count()), 'pin_memory': not on_cpu}  # a CPU's cores are busy training
-    return (loader(train_set, augment, config.batch_size, config.seed, **options),
-            loader(test_set, plain, 250, shuffle=False, **options))
+    workers = 0 if on_cpu else min(8, os.cpu_count())  # a CPU's cores are busy training
+    return (loader(train_set, augment, config.batch_size, config.seed, workers, pin_memory=not on_cpu, persistent_workers=workers > 0),
+            loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
 
 def _draw(figures, out):
-    "Write the figures, a dictionary of name and figure, and say where."
+    "Write the figures, pairs of a name and a figure, each as soon as it is drawn, and say where."
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
+    for name, figure in figures:
         figure.savefig(out / f'{name}.png')
         print(out / f'{name}.png')
 
@@ -100,11 +100,13 @@ def eva9_train(
 ):
     "Train a ResNet by a recipe, test it after each epoch, and draw what it learned."
     with _one_line_errors('eva9_train'):
+        from torch.backends import cudnn
         from eva_session9.config import seed_everything
         from eva_session9.engine import fit, test
         from eva_session9.models.resnet import make_model
         recipe, sets, out = _config(config, epochs), _sets(data, root, limit), Path(out)
         train_batches, test_batches = _loaders(recipe, *sets)
+        cudnn.benchmark = True  # without effect on a CPU
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
@@ -139,21 +141,19 @@ def _training_figures(model, sets, train_batches, history, evaluation):
     from eva_session9 import visual
     train_set, test_set = sets
     mean, std = train_set.stats()
-    figures = {
-        'samples': visual.plot_samples(train_set.subset(range(min(20, len(train_set))))),
-        'augmentation': visual.plot_augmentation(train_batches.dataset, 0, mean, std),
-        'curves': visual.plot_history(history),
-        'confusion': visual.plot_confusion(evaluation, test_set.classes)}
-    if len(evaluation.misclassified): figures['misclassified'] = _mistakes(model, test_set, evaluation, mean, std)
-    return figures
+    yield 'samples', visual.plot_samples(train_set.subset(range(min(20, len(train_set)))))
+    yield 'augmentation', visual.plot_augmentation(train_batches.dataset, 0, mean, std)
+    yield 'curves', visual.plot_history(history)
+    yield 'confusion', visual.plot_confusion(evaluation, test_set.classes)
+    if len(evaluation.misclassified): yield 'misclassified', _mistakes(model, test_set, evaluation, mean, std)
 
 def _mistakes(model, images, evaluation, mean, std):
     "The eight most confident mistakes and why they were made, on layers 3 and 4."
     from eva_session9.gradcam import GradCAM
     from eva_session9.preprocessing import as_inputs
     from eva_session9.visual import plot_misclassified
-    worst = images.subset(evaluation.misclassified[:8].numpy())
-    heatmaps = GradCAM(model, ['layer3', 'layer4'])(as_inputs(worst.images, mean, std).to(next(model.parameters()).device))
+    worst = images.subset(evaluation.misclassified[:8])
+    heatmaps = GradCAM(model, ['layer3', 'layer4'])(as_inputs(worst.images, mean, std))
     return plot_misclassified(images, evaluation, heatmaps)
 
 # %% ../nbs/11_cli.ipynb #19d57976
@@ -181,11 +181,11 @@ def eva9_find_lr(
         curve = find_lr(model, _loaders(recipe, *sets)[0], recipe, steps=steps)
         record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, steps=steps, limit=limit)}
         write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
-        _draw({'find_lr': plot_lr(curve)}, out)
+        _draw([('find_lr', plot_lr(curve))], out)
         found = replace(recipe, lr=curve.lr, muon_lr=recipe.muon_lr * curve.lr / recipe.lr)  # swept together
         write_atomically(out / 'recipe.json', json.dumps(asdict(found), indent=1).encode())
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
-        again = _command('eva9_train', data, str(out / 'recipe.json'), root=root, limit=limit)
+        again = _command('eva9_train', data, (out / 'recipe.json').as_posix(), root=root, limit=limit)
         print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
 
 # %% ../nbs/11_cli.ipynb #f535de49
@@ -235,7 +235,7 @@ def _heatmaps(model, pictures, method, layers):
     from dataclasses import replace
     from eva_session9.gradcam import METHODS
     from eva_session9.preprocessing import as_inputs
-    inputs = as_inputs(pictures, model.card['mean'], model.card['std']).to(next(model.parameters()).device)
+    inputs = as_inputs(pictures, model.card['mean'], model.card['std'])
     found = {}
     for name in method.split(','):
         if name not in METHODS: raise ValueError(f"--method: found {name!r}, expected one of {', '.join(METHODS)}")
@@ -265,7 +265,7 @@ def _explain_images(model, files, pictures, method, layers, out):
         sheet = _describe([str(file) for file in files[chosen]], heatmaps, model.card['classes'])
         labels = [f"{Path(entry['image']).name}\n{entry['predicted']} {entry['probability']:.0%}" for entry in sheet]
         name = 'heatmaps' if not start else f'heatmaps-{start // 20 + 1}'
-        _draw({name: plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class')}, out)
+        _draw([(name, plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class'))], out)
         found += sheet
     _write_numbers(found, out)
 
@@ -286,7 +286,7 @@ def _explain_mistakes(model, images, method, layers, out):
     found = _describe([f'test image {i}' for i in chosen.tolist()], heatmaps, images.classes)
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]
     labels = [f"{entry['true']}, taken for\n{entry['predicted']} {entry['probability']:.0%}" for entry in found]
-    _draw({'heatmaps': plot_heatmaps(images.images[chosen.numpy()], heatmaps, labels, f'{title}, by {method}')}, out)
+    _draw([('heatmaps', plot_heatmaps(images.subset(chosen).images, heatmaps, labels, f'{title}, by {method}'))], out)
     _write_numbers(found, out)
 
 def _write_numbers(found, out):
@@ -310,8 +310,9 @@ def eva9_summary(
         from eva_session9.summary import summary
         model = load_model(weights) if weights else make_model(_config(config).architecture, 10)
         table, out = summary(model, (3, size, size)), Path(out)
+        print(table)
         write_atomically(out / 'summary.txt', str(table).encode())
-        print(table, out / 'summary.txt', sep='\n')
+        print(out / 'summary.txt')
 
 # %% ../nbs/11_cli.ipynb #428a3cd8
 _FROM_HERE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # what the page may load, and nothing from elsewhere

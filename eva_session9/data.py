@@ -37,12 +37,14 @@ class ImageSet:
 
     def subset(self, indices) -> 'ImageSet': # anything that indexes a NumPy array
         "The images at `indices`, in that order."
+        if not isinstance(indices, slice): indices = np.asarray(indices)
         masks = None if self.masks is None else self.masks[indices]
         return ImageSet(self.images[indices], self.labels[indices], self.classes, masks)
 
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         "Mean and standard deviation of each channel over all pixels, in [0, 1] units."
-        counts = np.stack([np.bincount(self.images[..., c].ravel(), minlength=256) for c in range(3)])
+        parts = [self.images[i:i + 1000] for i in range(0, len(self), 1000)]  # bincount takes eight bytes a pixel
+        counts = sum(np.stack([np.bincount(part[..., c].ravel(), minlength=256) for c in range(3)]) for part in parts)
         values, n = np.arange(256), int(counts[0].sum())
         sums, squares = (counts @ values).tolist(), (counts @ values**2).tolist()
         return tuple(s / n / 255 for s in sums), tuple((n * q - s**2)**0.5 / n / 255 for s, q in zip(sums, squares))

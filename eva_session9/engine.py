@@ -40,18 +40,30 @@ def train_step(model: nn.Module,                 # in train mode
     "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change."
     logits = forward(model, x, precision)
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    finite = _answer(loss.isfinite())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if not loss.isfinite(): raise FloatingPointError(f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}')
+    if not finite(): raise FloatingPointError(f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}')
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): optimizer.step()
     return loss.detach(), logits.detach()
+
+def _answer(yes):
+    "A function that gives the answer. A GPU goes on with its work meanwhile."
+    if not yes.is_cuda: return yes.item
+    sent, arrived = yes.to('cpu', non_blocking=True), torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(yes.device))
+    def answer():
+        arrived.synchronize()
+        return sent.item()
+    return answer
 
 # %% ../nbs/06_engine.ipynb #3d753fb5
 def forward(model: nn.Module, # any classifier
             x: Tensor,        # images, float (B, 3, H, W)
             precision: str    # 'fp32' or 'bf16'
            ) -> Tensor:       # logits, float32 (B, K)
-    "The model's logits; 'bf16' means bfloat16 autocast with channels last."
+    "The model's logits; 'bf16' means bfloat16 autocast with channels last. Another precision raises `ValueError`."
+    if precision not in ('fp32', 'bf16'): raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16', as `History.precision` has it")
     if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): return model(x).float()
 
@@ -246,7 +258,7 @@ class Muon(torch.optim.SGD):
             if 'muon' not in self.state[p]: self.state[p]['muon'] = torch.zeros_like(p)
             average = self.state[p]['muon'].mul_(0.6).add_(p.grad)
             p.grad = orthogonal(p.grad.add(average, alpha=0.6).flatten(1)).view_as(p)
-            p.mul_(len(p)**0.5 / p.norm())
+            p.mul_(len(p)**0.5 / p.norm().clamp(min=1e-7))
         super().step()
         return loss
 
@@ -326,18 +338,21 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         out: str | Path | None = None,        # folder for a checkpoint an epoch
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
-    """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut.
+    """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut. The model is left in train mode.
 
     That holds on the same machine (with a GPU, where `torch.backends.cudnn.deterministic` is set and the recipe does not
     compile), for batches that depend on nothing but `set_epoch` and torch's global generators. A loss or weights that are not
     finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that holds a run
-    `FileExistsError` without `resume`, and one that holds another run `ValueError`."""
-    _check_batches(train_batches)
+    `FileExistsError` without `resume`; one that holds another run, batches of another recipe and labels beyond the model's
+    outputs `ValueError`."""
+    _check_batches(train_batches, config)
+    if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
     if isinstance(test_batches, Iterator): raise ValueError(_ONCE.format('test'))
     if out is not None: _check_writable(Path(out))
     device = pick_device(device)
     if device.type == 'cpu': _keep_memory()
-    parts = _parts(model.to(device), config, len(train_batches))
+    _check_classes(model.to(device), train_batches)
+    parts = _parts(model, config, len(train_batches))
     history = _start(parts, train_batches, config, device, out, resume)
     network = _compiled(prepare(model, history.precision), config, device)
     done = len(history.epochs)
@@ -402,11 +417,24 @@ def _keep_memory():
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 # %% ../nbs/06_engine.ipynb #41038d4e
-def _check_batches(batches):
-    "Raise for what cannot be trained on epoch after epoch."
+def _check_batches(batches, config):
+    "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
     if not hasattr(batches, '__len__'): raise TypeError(f'{type(batches).__name__} has no length; pass a list or a loader')
     if not len(batches): raise ValueError(_NO_BATCHES)
+    if not hasattr(batches, 'indices'): return  # not of this library, so their seed is not known
+    found, expected = (batches.batch_size, batches.dataset.seed), (config.batch_size, config.seed)
+    if found != expected:
+        raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '
+                         'make the batches from the recipe, or the recipe with `replace`'.format(*found, *expected))
+
+def _check_classes(model, batches):
+    "Raise for labels that the model has no output for: on a GPU, they would end the process's work there."
+    images = getattr(getattr(batches, 'dataset', None), 'images', None)
+    if images is None: return
+    x, y = batches.dataset[0, 0]
+    n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
+    if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
 
 _ONCE = 'the {} batches can be read only once; pass a list or a loader'
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _settled, _too_large, make_optimizer, prepare, train_step
+from .engine import _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
 from .save_load import write_atomically
 
 # %% ../nbs/07_lr_finder.ipynb #5befc707
@@ -154,6 +154,7 @@ def _twins(model, optimizer, config, device):
     "Copies of the model and its optimizer on the device, in train mode."
     if optimizer is None:
         trial = copy.deepcopy(model).to(device).train()
+        if config.zero_gamma: zero_gamma(trial)
         return trial, make_optimizer(trial, config)[0]
     theirs = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not theirs <= {id(p) for p in model.parameters()}:
@@ -185,8 +186,9 @@ def _put_back(part, attributes):
 
 # %% ../nbs/07_lr_finder.ipynb #16e5ceb5
 def _cycle(batches):
-    "The batches, pass after pass."
-    while True:
+    "The batches, pass after pass, each of which is an epoch where the batches know of epochs."
+    for epoch in count():
+        if hasattr(batches, 'set_epoch'): batches.set_epoch(epoch)
         empty = True
         for batch in batches:
             empty = False
@@ -200,13 +202,14 @@ def _diverged(losses):
     return means[-1] > max(means[0], 4 * means.min())
 
 # %% ../nbs/07_lr_finder.ipynb #94f01dc6
-def _sweep(curve, model, optimizer, batches, lrs, device):
+def _sweep(curve, model, optimizer, batches, lrs, device, config):
     "Fill `curve` with a step at each of `lrs`; parameter groups keep their ratios to the first. Says why it stopped."
     base = [float(group.get('initial_lr', group['lr'])) for group in optimizer.param_groups]
     if base[0] == 0: raise ValueError('the first parameter group has learning rate 0, so there is no ratio to it; put another group first')
     for lr, (x, y) in zip(tqdm(lrs, 'find_lr', leave=False), batches):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
-        try: loss, _ = train_step(model, x.to(device), y.to(device), optimizer, curve.precision)
+        x, y = _resized(x.to(device), config.size(0)), y.to(device)
+        try: loss, _ = train_step(model, x, y, optimizer, curve.precision, config.label_smoothing)
         except FloatingPointError as error:
             if curve.lrs: return 'not finite'
             raise FloatingPointError(_FROM_THE_START) from error
@@ -221,7 +224,7 @@ _FROM_THE_START = 'the loss is no number before any step: look at the images and
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
             batches: Iterable,                  # of (x, y); anything that can be read again and again, and is, where it is short
-            config: Config = Config.session9(), # the recipe: optimizer and precision
+            config: Config = Config.session9(), # the recipe: optimizer, precision, loss, and size of the first epoch's images
             optimizer: torch.optim.Optimizer | None = None, # of the model, to sweep with a copy of; None: the recipe's
             start: float = 1e-5,                # first learning rate
             end: float = 1.0,                   # last learning rate
@@ -241,7 +244,7 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
         except FloatingPointError as error: raise FloatingPointError(_FROM_THE_START) from error
         curve, began = LRCurve([], [], '', config, precision, hardware(device), versions()), time.perf_counter()
         lrs = np.geomspace(start, end, steps).tolist()
-        curve.stopped = _sweep(curve, prepare(trial, precision), twin, chain([first], stream), lrs, device)
+        curve.stopped = _sweep(curve, prepare(trial, precision), twin, chain([first], stream), lrs, device, config)
         curve.seconds = round(time.perf_counter() - began, 2)
     for caveat in curve.caveats: warnings.warn(caveat, stacklevel=2)
     return curve

@@ -346,7 +346,7 @@ class BatchedDataset:
                  seed: int,            # of the augmentation
                  device: torch.device):
         self.images, self.seed, self.twins = images, seed, _twins(transform, device)
-        self.pixels = torch.from_numpy(images.images).to(device).permute(0, 3, 1, 2).contiguous()
+        self.pixels = torch.from_numpy(np.ascontiguousarray(images.images)).to(device).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.from_numpy(images.labels).to(device)
 
     def __len__(self): return len(self.images)

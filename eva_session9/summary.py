@@ -8,6 +8,7 @@ Docs: https://eva-session9.github.io/eva_session9/summary.html.md"""
 __all__ = ['summary']
 
 # %% ../nbs/04_summary.ipynb #91b1b51a
+import torch
 import torchinfo
 from torch import nn
 
@@ -17,9 +18,10 @@ def summary(model: nn.Module,                       # any network for images
            ) -> torchinfo.ModelStatistics: # shows itself as a table; `.total_params`, `.total_mult_adds`
     "The output shape, parameters and multiply-adds of every layer."
     if len(size) != 3 or min(size) < 1: raise ValueError(f'size: found {size}, expected (channels, height, width), such as (3, 32, 32)')
-    device = next(model.parameters()).device
+    p = next(model.parameters())
+    image = torch.zeros(1, *size, dtype=p.dtype, device=p.device)
     flags = {module: module.training for module in model.modules()}
-    try: return torchinfo.summary(model, (1, *size), device=device, depth=4, verbose=0, row_settings=('var_names',),
+    try: return torchinfo.summary(model, input_data=image, device=p.device, depth=4, verbose=0, row_settings=('var_names',),
                                   col_width=18, col_names=('output_size', 'num_params', 'mult_adds'))
     finally:
         for module, flag in flags.items(): module.training = flag

@@ -185,20 +185,22 @@ def _mark_suggestions(axes, curve):
 def plot_confusion(evaluation: Evaluation, # of N images
                    classes: Sequence[str]  # names of the K classes
                   ) -> Picture:
-    "Counts of images by true class (rows) and predicted class (columns), shaded by their share of the row."
+    "Counts of images by true class (rows) and predicted class (columns), shaded by their share of the row; of more than 40 classes the shades alone."
     counts, k = evaluation.confusion, len(classes)
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), counts.sum().item()
     title = f'{right:,} of {n:,} images right ({right / n:.2%})'
-    picture = _picture(title, 1.6 + 0.5 * k, 1.2 + 0.42 * k, 'constrained')
+    readable = k <= 40
+    picture = _picture(title, 1.6 + 0.5 * min(k, 40), 1.2 + 0.42 * min(k, 40), 'constrained')
     axes = picture.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
-    for row, column in counts.nonzero().tolist():
+    for row, column in counts.nonzero().tolist() if readable else ():
         axes.text(column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=8,
                   color='white' if shares[row, column] > 0.55 else 'black')
-    axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8)
-    axes.set_yticks(range(k), classes, fontsize=8)
+    if readable:
+        axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8)
+        axes.set_yticks(range(k), classes, fontsize=8)
     axes.set_xlabel('predicted', fontsize=9)
     axes.set_ylabel('true', fontsize=9)
     return picture
@@ -239,7 +241,7 @@ def plot_heatmaps(images: np.ndarray,                # uint8 (N, H, W, 3), those
     expected = (len(images), len(layers), *images.shape[1:3])
     if maps.shape != expected:
         raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, '
-                         f"expected {expected}; of target='all' choose one class")
+                         f"expected {expected}; of target='all' choose one class, as `heatmaps.of(0)` does")
     picture = _picture(title, 1.15 * (1 + len(layers)) + (1.1 if labels else 0), 1.15 * len(images) + 0.7)
     grid = picture.subplots(len(images), 1 + len(layers), squeeze=False)
     for row, image, image_maps, status in zip(grid, images, maps, heatmaps.status):
@@ -267,12 +269,14 @@ def plot_misclassified(images: ImageSet,        # the set that was tested
                       ) -> Picture:
     "The most confident mistakes: the image, the true and the predicted class with its probability, and the heatmaps."
     n, wrong = len(heatmaps.logits), evaluation.misclassified
+    if evaluation.labels.tolist() != images.labels.tolist():
+        raise ValueError("the evaluation's labels are not those of the set in its order; test with shuffle=False")
     _same_images(heatmaps.logits.cpu(), evaluation.logits[wrong[:n]])
     labels = [_verdict(images.classes, evaluation, index) for index in wrong[:n].tolist()]
     if heatmaps.target is not None:
         labels = [f'{label}\nmaps: {images.classes[k]}' for label, k in zip(labels, heatmaps.target.tolist())]
     title = f'The {n} most confident of {len(wrong):,} mistakes'
-    return plot_heatmaps(images.images[wrong[:n]], heatmaps, labels, title, alpha, cmap)
+    return plot_heatmaps(images.subset(wrong[:n]).images, heatmaps, labels, title, alpha, cmap)
 
 # %% ../nbs/09_visual.ipynb #97521fa1
 def _verdict(classes, evaluation, index):

@@ -13,7 +13,7 @@ import sys, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import IntEnum
 from functools import cached_property, partial
@@ -90,6 +90,11 @@ class Heatmaps:
 
         As in pytorch-grad-cam a layer counts for less where its raw maximum is not far above 1e-7."""
         return _stretch(self._enlarged.mean(-3))
+
+    def of(self, k: int) -> 'Heatmaps': # a class, of those that `target='all'` explained
+        "The maps for one class."
+        if any(raw.ndim != 4 for raw in self.raw.values()): raise ValueError("the maps are of one class an image already; only target='all' gives more")
+        return replace(self, raw={name: raw[:, k] for name, raw in self.raw.items()}, target=self.target.new_full(self.logits.shape[:1], k))
 
     def __repr__(self):
         grids = ', '.join(f'{name} {h}x{w}' for name, (h, w) in self.grid.items())
@@ -333,7 +338,7 @@ class CAM:
         return {name: torch.stack(per_score, 1) for name, per_score in maps.items()}
 
     def __call__(self,
-                 images: Tensor, # float (N, 3, H, W), normalised as in training
+                 images: Tensor, # float (N, 3, H, W), normalised as in training, on any device
                  target: int | str | Tensor | Sequence | Callable | None = None # the score of each image to explain
                  ) -> Heatmaps:
         """The heatmaps of each image, for one score or for every class.
@@ -342,7 +347,7 @@ class CAM:
         a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, a layer that does not run
         and a score that does not depend on it raise `ValueError`."""
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), _eager():
-            images = _checked_images(images)
+            images = _checked_images(images).to(next(self.model.parameters(), images).device)
             logits, nodes, linear = _run(self.model, self.layers, images, self.graph)
             index = target_classes(target, logits, self.classes)
             seen = ForwardPass(images, logits, nodes, partial(_scores, target, index), index, _is_all(target), linear)

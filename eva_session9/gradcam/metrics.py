@@ -52,8 +52,9 @@ def confidence(model: nn.Module,
     if not isinstance(target, Tensor) or target.shape != images.shape[:1]:
         found = tuple(target.shape) if isinstance(target, Tensor) else target
         raise ValueError(f'target: found {found} for {len(images)} images, expected a tensor ({len(images)},)')
-    with evaluating(model): logits = model(images)
-    return logits.float().softmax(1).gather(1, target[:, None])[:, 0]
+    device = next(model.parameters(), images).device
+    with evaluating(model): logits = model(images.to(device))
+    return logits.float().softmax(1).gather(1, target[:, None].to(device))[:, 0]
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #a9432a86
 def replacing(model: nn.Module,
@@ -67,7 +68,7 @@ def replacing(model: nn.Module,
     "The confidence in the class after 0, 1, ... `steps` portions of pixels, (N, steps + 1)."
     if maps.shape != (len(start), *start.shape[-2:]):
         raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(start.shape)}, expected one value a pixel')
-    place, pixels = ranks(maps, seed)[:, None], maps[0].numel()
+    place, pixels = ranks(maps.to(start.device), seed)[:, None], maps[0].numel()
     counts = [round(step * pixels / steps) for step in range(steps + 1)]
     return torch.stack([confidence(model, torch.where(place < k, end, start), target) for k in counts], 1)
 
@@ -167,7 +168,7 @@ def road(model: nn.Module,
          seed: int = 0                             # of the noise, and of the order of equal pixels
          ) -> Tensor:
     "The confidence with each share of pixels removed and filled in, (N, F) (Rong et al. 2022). For the smallest first, negate the maps."
-    place, pixels = ranks(maps, seed), maps[0].numel()
+    place, pixels = ranks(maps.to(images.device), seed), maps[0].numel()
     return torch.stack([confidence(model, fill_in(images, place < round(f * pixels), seed=seed), target) for f in fractions], 1)
 
 def road_score(model: nn.Module,
@@ -191,7 +192,7 @@ def confidence_drop(model: nn.Module,
 
     Chattopadhay et al. 2018, section 4.1: lower, and more often, is better. A map of ones has a drop of 0: report it beside."""
     if not (maps.min() >= 0 and maps.max() <= 1): raise ValueError(f'maps: found {maps.min():.3g} to {maps.max():.3g}, expected 0 to 1')
-    whole, seen = confidence(model, images, target), confidence(model, images * maps[:, None], target)
+    whole, seen = confidence(model, images, target), confidence(model, images * maps[:, None].to(images.device), target)
     return (whole - seen).clamp(min=0) / whole, seen > whole
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #6c694814
@@ -200,7 +201,7 @@ def pointing(maps: Tensor,   # (N, H, W)
              seed: int = 0   # of the choice among equal pixels
              ) -> Tensor:
     "Is the largest pixel of each map in its mask? Bool (N,); an empty map points at random."
-    return masks[ranks(maps, seed) == 0]
+    return masks.to(maps.device)[ranks(maps, seed) == 0]
 
 def energy_in(maps: Tensor,   # (N, H, W), not negative
               masks: Tensor   # bool (N, H, W)
@@ -209,13 +210,14 @@ def energy_in(maps: Tensor,   # (N, H, W), not negative
     if not maps.min() >= 0: raise ValueError(f'maps: found {maps.min():.3g}, expected no negative value: take `Heatmaps.maps`')
     empty = maps.flatten(1).amax(1) == 0
     maps = torch.where(empty[:, None, None], 1, maps)
-    return (maps * masks).sum((1, 2)) / maps.sum((1, 2))
+    return (maps * masks.to(maps.device)).sum((1, 2)) / maps.sum((1, 2))
 
 def matched_iou(maps: Tensor,   # (N, H, W)
                 masks: Tensor,  # bool (N, H, W)
                 seed: int = 0   # of the choice among equal pixels
                 ) -> Tensor:
     "Intersection over union of each mask and as many of the largest pixels of its map, (N,)."
+    masks = masks.to(maps.device)
     chosen = ranks(maps, seed) < masks.sum((1, 2))[:, None, None]
     return (chosen & masks).sum((1, 2)) / (chosen | masks).sum((1, 2))
 
