@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from scipy.stats import t
 
-from eva_session9.cli import _config, _loaders, _sets
+from eva_session9.cli import _config, _sets
 from eva_session9.config import Config, hardware, pick_device, seed_everything, versions
 from eva_session9.engine import faster_precision, fit, test
 from eva_session9.models.resnet import make_model
+from eva_session9.preprocessing import recipe_batches
 from eva_session9.save_load import write_atomically
 from reproduce import changed, command, held_out
 
@@ -89,7 +90,7 @@ def one_run(args, config):
     "Train by the recipe; the accuracy on the images held out, None where the loss was no number, and the seconds it took."
     torch.set_num_threads(args.threads)
     train_set, test_set = sets(args)
-    train_batches, test_batches = _loaders(config, train_set, test_set)
+    train_batches, test_batches = recipe_batches(config, train_set, test_set)
     seed_everything(config.seed)
     model, start = make_model(config.architecture, len(train_set.classes)), time.perf_counter()
     try: fit(model, train_batches, None, config)

@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import t
 
-from eva_session9.cli import _config, _loaders, _save_trained, _sets
+from eva_session9.cli import _config, _save_trained, _sets
 from eva_session9.config import config_from, seed_everything, versions
 from eva_session9.engine import fit, forward, test
 from eva_session9.models.resnet import make_model
+from eva_session9.preprocessing import recipe_batches
 from eva_session9.save_load import write_atomically
 
 
@@ -84,7 +85,7 @@ def kept(model, train_set, history, tested, command, out):
 def one_run(config, train_set, test_set, keep, command):
     "Train with the recipe's seed, and test once."
     start = time.perf_counter()
-    train_batches, test_batches = _loaders(config, train_set, test_set)
+    train_batches, test_batches = recipe_batches(config, train_set, test_set)
     seed_everything(config.seed)
     model = make_model(config.architecture, len(train_set.classes))
     out = keep and Path(keep) / f'seed-{config.seed}'

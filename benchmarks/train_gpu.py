@@ -17,10 +17,11 @@ import torch
 
 from augment import random_images
 from reproduce import unfinished
-from eva_session9.cli import _config, _loaders
+from eva_session9.cli import _config
 from eva_session9.config import hardware, pick_device, seed_everything, versions
 from eva_session9.engine import fit, test
 from eva_session9.models.resnet import make_model
+from eva_session9.preprocessing import recipe_batches
 from eva_session9.save_load import write_atomically
 
 MULTIPLY_ADDS = 555_422_720  # of ResNet-18 for one image of 32 x 32, forward
@@ -53,11 +54,11 @@ def measured(name, images, peak):
     "Times of one recipe."
     config = replace(_config(name), batched=True, compile=True, precision='bf16', sizes=())
     if config.architecture != 'resnet18': raise SystemExit(f'{name}: found {config.architecture}, expected resnet18, whose operations are counted here')
-    batches = _loaders(config, images, images)[0]
+    batches = recipe_batches(config, images, images)[0]
     first, _ = seconds(lambda: trained(replace(config, epochs=1), batches))
     torch.cuda.reset_peak_memory_stats()
     whole, (model, history) = seconds(lambda: trained(config, batches))
-    ten_thousand = _loaders(config, images, images.subset(range(min(10_000, len(images)))))[1]
+    ten_thousand = recipe_batches(config, images, images.subset(range(min(10_000, len(images)))))[1]
     test(model, ten_thousand, 'bf16')
     testing, _ = seconds(lambda: test(model, ten_thousand, 'bf16'))
     epoch = statistics.median(e['seconds'] for e in history.epochs)

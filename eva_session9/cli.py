@@ -65,21 +65,6 @@ def _sets(data, root=None, limit=None, size=32):
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
 
 # %% ../nbs/11_cli.ipynb #fb509dbb
-def _loaders(config, train_set, test_set):
-    "The augmented training batches and the plain test batches of a recipe."
-    import os
-    from eva_session9.config import pick_device
-    from eva_session9.preprocessing import Batches, loader, test_transforms, train_transforms
-    mean, std = train_set.stats()
-    augment, plain = train_transforms(mean, std, config, train_set.images.shape[1]), test_transforms(mean, std)
-    if config.batched:  # a last batch that is smaller would have to be compiled anew
-        return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
-                Batches(test_set, plain, 500, shuffle=False))
-    on_cpu = pick_device().type == 'cpu'
-    workers = 0 if on_cpu else min(8, os.cpu_count())  # a CPU's cores are busy training
-    return (loader(train_set, augment, config.batch_size, config.seed, workers, pin_memory=not on_cpu, persistent_workers=workers > 0),
-            loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
-
 def _draw(figures, out):
     "Write the figures, pairs of a name and a figure, each as soon as it is drawn, and say where."
     out.mkdir(parents=True, exist_ok=True)
@@ -104,8 +89,9 @@ def eva9_train(
         from eva_session9.config import seed_everything
         from eva_session9.engine import fit, test
         from eva_session9.models.resnet import make_model
+        from eva_session9.preprocessing import recipe_batches
         recipe, sets, out = _config(config, epochs), _sets(data, root, limit), Path(out)
-        train_batches, test_batches = _loaders(recipe, *sets)
+        train_batches, test_batches = recipe_batches(recipe, *sets)
         cudnn.benchmark = True  # without effect on a CPU
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
@@ -172,13 +158,14 @@ def eva9_find_lr(
         from eva_session9.config import seed_everything
         from eva_session9.lr_finder import find_lr
         from eva_session9.models.resnet import make_model
+        from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import write_atomically
         from eva_session9.visual import plot_lr
         recipe, sets, out = _config(config), _sets(data, root, limit), Path(out)
         out.mkdir(parents=True, exist_ok=True)
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
-        curve = find_lr(model, _loaders(recipe, *sets)[0], recipe, steps=steps)
+        curve = find_lr(model, recipe_batches(recipe, *sets)[0], recipe, steps=steps)
         record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, steps=steps, limit=limit)}
         write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
         _draw([('find_lr', plot_lr(curve))], out)

@@ -7,7 +7,7 @@ Docs: https://eva-session9.github.io/eva_session9/preprocessing.html.md"""
 # %% auto #0
 __all__ = ['test_transforms', 'as_inputs', 'train_transforms', 'KeyedDataset', 'KeyedSampler', 'Keyed', 'KeyedLoader', 'loader',
            'philox', 'uniform', 'AlternatingFlip', 'Twin', 'RotateTwin', 'FlipTwin', 'AlternatingFlipTwin',
-           'DropoutTwin', 'PadTwin', 'CropTwin', 'NormalizeTwin', 'twin', 'BatchedDataset', 'Batches']
+           'DropoutTwin', 'PadTwin', 'CropTwin', 'NormalizeTwin', 'twin', 'BatchedDataset', 'Batches', 'recipe_batches']
 
 # %% ../nbs/02_preprocessing.ipynb #b1dfd374
 import os
@@ -403,3 +403,19 @@ class Batches(Keyed):
         drawn = self.dataset.draw(self.sampler.epoch, torch.arange(len(order), device=self.device))
         for index in order[:self.length * self.batch_size].split(self.batch_size):
             yield self.dataset.apply(index, [parameters[index] for parameters in drawn]), self.dataset.labels[index]
+
+# %% ../nbs/02_preprocessing.ipynb #b3c1f0a2
+def recipe_batches(config: Config,      # the recipe: augmentation, batch size, seed, and which road
+                   train_set: ImageSet, # whose mean and standard deviation normalise both
+                   test_set: ImageSet   # in this order
+                  ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
+    "What a recipe trains on, augmented, and what it is tested on."
+    mean, std = train_set.stats()
+    augment, plain = train_transforms(mean, std, config, train_set.images.shape[1]), test_transforms(mean, std)
+    if config.batched:  # a last batch that is smaller would have to be compiled anew
+        return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
+                Batches(test_set, plain, 500, shuffle=False))
+    on_cpu = pick_device().type == 'cpu'
+    workers = 0 if on_cpu else min(8, os.cpu_count())  # a CPU's cores are busy training
+    return (loader(train_set, augment, config.batch_size, config.seed, workers, pin_memory=not on_cpu, persistent_workers=workers > 0),
+            loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
