@@ -7,6 +7,10 @@ of half the side (means of 2 x 2 pixels), two runs at a time:
 
     python benchmarks/ablate.py --set epochs=4 --set crop=2 --half --jobs 2 --out results/ablation.json
 
+To compare the recipe with others, name what is different in them:
+
+    python benchmarks/ablate.py --variant cutout=8,cutout_p=1 --variant muon_lr=0 --out results/tuning.json
+
 Each variant is trained from the same seeds. A difference comes with an interval, for which the spread between seeds is taken to
 be that of all variants together (Student's t), wide enough that all the intervals hold at once with 95% (Bonferroni). The test
 set is not read. A run that was cut goes on from --out, and more --seeds can be added to it.
@@ -55,6 +59,11 @@ def variants(config):
     changed_recipes = {name: replace(config, **fields) for name, fields in changes.items()}
     return {WHOLE: config, **{name: recipe for name, recipe in changed_recipes.items() if recipe != config},
         COURSE: Config(config.architecture, config.epochs, step_size=drop, cutout=cutout, precision=config.precision)}
+
+
+def asked_for(config, settings):
+    "The recipe, and the recipe with each of the `field=value,field=value` settings."
+    return {WHOLE: config, **{setting: changed(config, setting.split(',')) for setting in settings}}
 
 
 def halved(images):
@@ -134,7 +143,8 @@ def save(args, runs, recipes):
     "Write what is known so far."
     done = [run for group in runs.values() for run in group]
     result = {**compared(runs), 'question': question(args, recipes), 'trained': runs, 'versions': versions(),
-              'command': command(args, 'ablate.py', **{'--jobs': args.jobs}) + ' --half' * args.half,
+              'command': command(args, 'ablate.py', **{'--jobs': args.jobs}) + ' --half' * args.half
+              + ''.join(f' --variant {variant}' for variant in args.variant),
               'hardware': ' and '.join(sorted({run['hardware'] for run in done})), 'seconds': round(sum(run['seconds'] for run in done), 1)}
     if args.out: write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
     return result
@@ -157,6 +167,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default='fast', help="'fast', 'laptop', or a .json file of fields (default fast)")
     parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='change a field of the recipe; may be repeated')
+    parser.add_argument('--variant', action='append', default=[], metavar='FIELD=VALUE,...',
+                        help='compare the recipe with this one, in place of those without one part; may be repeated')
     parser.add_argument('--seeds', type=int, default=3, help='how many, from 42 on (default 3)')
     parser.add_argument('--hold-out', type=int, default=10_000, metavar='N', help='images to test on (default 10,000)')
     parser.add_argument('--half', action='store_true', help='images of half the side')
@@ -168,7 +180,8 @@ def main():
     args = parser.parse_args()
     args.threads = max(1, torch.get_num_threads() // args.jobs)
     sets(args)  # says what is wrong with the data before anything is written
-    recipes = variants(settled(args, changed(_config(args.config), args.set)))
+    config = settled(args, changed(_config(args.config), args.set))
+    recipes = asked_for(config, args.variant) if args.variant else variants(config)
     runs = before(args, recipes)
     save(args, runs, recipes)
     train_all(args, runs, recipes)

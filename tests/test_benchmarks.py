@@ -1,5 +1,5 @@
 "What the benchmarks compute, without what takes them hours."
-import json, sys
+import json, shlex, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from eva_session9.config import Config
+from eva_session9.config import Config, config_from
 from eva_session9.data import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
-from ablate import COURSE, WHOLE, compared, halved, variants
-from reproduce import held_out, looks, summary
+from ablate import COURSE, WHOLE, asked_for, compared, halved, variants
+from reproduce import changed, held_out, looks, summary
 
 
 def test_no_image_is_both_trained_on_and_held_out():
@@ -56,6 +56,7 @@ def test_each_variant_changes_one_part():
     assert recipes[WHOLE] == config and len({json.dumps(asdict(recipe)) for recipe in recipes.values()}) == len(recipes)
     assert 'SGD in place of Muon' in recipes and 'Muon as well' not in recipes
     assert 'Muon as well' in variants(replace(config, muon_lr=0.0))
+    assert asked_for(config, ['cutout=8,cutout_p=1', 'muon_lr=0'])['cutout=8,cutout_p=1'] == replace(config, cutout=8, cutout_p=1)
     assert (recipes[COURSE].batch_size, recipes[COURSE].step_size, recipes[COURSE].lr) == (32, 1, 0.01)
 
 
@@ -63,3 +64,12 @@ def test_images_of_half_the_side_are_means_of_four_pixels():
     images = shapes(3)
     assert halved(images).images.shape == (3, 16, 16, 3)
     assert abs(halved(images).images[1, 2, 3] - images.images[1, 4:6, 6:8].astype(float).mean((0, 1))).max() <= 0.5
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'results').glob('*_cpu.json') if 'reproduce.py' in path.read_text()))
+def test_the_recorded_command_gives_the_recorded_recipe(name):
+    run = json.loads((ROOT / f'results/{name}.json').read_text())
+    words = shlex.split(run['command'])
+    given = {word: words[i + 1] for i, word in enumerate(words) if word == '--config'}
+    settings = [words[i + 1] for i, word in enumerate(words) if word == '--set']
+    assert changed(getattr(Config, given['--config'])(), settings) == config_from(run['config'])
