@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
+from .data import ImageSet
 from .save_load import checkpoints, load_checkpoint, save_checkpoint, write_atomically
 
 # %% ../nbs/06_engine.ipynb #9b90e078
@@ -134,6 +135,15 @@ class Evaluation:
         "Counts (K, K): row the true class, column the predicted one."
         k = self.logits.shape[1]
         return torch.bincount(self.labels * k + self.predictions, minlength=k * k).view(k, k)
+
+    def require(self,
+                images: ImageSet # the set that is said to have been tested
+               ):
+        "Raise `ValueError` unless the evaluation is of these images in their order, as far as labels tell."
+        if len(self.labels) != len(images):
+            raise ValueError(f'the evaluation is of {len(self.labels)} images, the set has {len(images)}')
+        if self.labels.tolist() != images.labels.tolist():
+            raise ValueError("the evaluation's labels are not those of the set in its order; test with shuffle=False")
 
 # %% ../nbs/06_engine.ipynb #f6e1cbc6
 def test(model: nn.Module,        # on its device; its train flags are restored

@@ -490,10 +490,7 @@ def _copied(model):
 
 def _checked(evaluation, images, logits):
     "The logits of an evaluation that is of these images and, as far as is known, of this model."
-    if len(evaluation.labels) != len(images):
-        raise ValueError(f'the evaluation is of {len(evaluation.labels)} images, the set has {len(images)}')
-    if evaluation.labels.tolist() != images.labels.tolist():
-        raise ValueError("the evaluation's labels are not those of the set in its order; test with shuffle=False")
+    evaluation.require(images)
     if logits is not None and logits.shape[1] != evaluation.logits.shape[1]:
         raise ValueError(f'the evaluation is of {evaluation.logits.shape[1]} classes, the model has {logits.shape[1]}')
     return evaluation.logits

@@ -269,8 +269,7 @@ def plot_misclassified(images: ImageSet,        # the set that was tested
                       ) -> Picture:
     "The most confident mistakes: the image, the true and the predicted class with its probability, and the heatmaps."
     n, wrong = len(heatmaps.logits), evaluation.misclassified
-    if evaluation.labels.tolist() != images.labels.tolist():
-        raise ValueError("the evaluation's labels are not those of the set in its order; test with shuffle=False")
+    evaluation.require(images)
     _same_images(heatmaps.logits.cpu(), evaluation.logits[wrong[:n]])
     labels = [_verdict(images.classes, evaluation, index) for index in wrong[:n].tolist()]
     if heatmaps.target is not None:
