@@ -1,15 +1,15 @@
 """What each part of a recipe buys: the recipe without it beside the whole one, on images held out of the training set.
 
-    python benchmarks/ablate.py --out results/ablation.json
+    python benchmarks/ablate.py --out ablation.json
 
-takes the fast recipe as it is, which wants a GPU. On a processor the question has to be made smaller: fewer epochs, on images
-of half the side (means of 2 x 2 pixels), two runs at a time:
+takes the fast recipe as it is, which wants a GPU. On a processor the question has to be made smaller: fewer images and epochs,
+on images of half the side (means of 2 x 2 pixels), two runs at a time:
 
-    python benchmarks/ablate.py --set epochs=4 --set crop=2 --half --jobs 2 --out results/ablation.json
+    python benchmarks/ablate.py --limit 22000 --set epochs=4 --set crop=2 --half --jobs 2 --seeds 1 --out small.json
 
 To compare the recipe with others, name what is different in them:
 
-    python benchmarks/ablate.py --variant cutout=8,cutout_p=1 --variant muon_lr=0 --out results/tuning.json
+    python benchmarks/ablate.py --variant cutout=8,cutout_p=1 --variant muon_lr=0 --out cutout.json
 
 Each variant is trained from the same seeds. A difference comes with an interval, for which the spread between seeds is taken to
 be that of all variants together (Student's t), wide enough that all the intervals hold at once with 95% (Bonferroni). The test
@@ -55,7 +55,7 @@ def variants(config):
         'flips at random': {'alternating_flip': False},
         'no flips': {'alternating_flip': False, 'flip_p': 0.0},
         'rotation and cutout as well': {'rotate': 15.0, 'cutout': cutout},
-        'Muon as well': {'muon_lr': 0.24}}
+        'Muon as well': {'muon_lr': 0.08}}
     changed_recipes = {name: replace(config, **fields) for name, fields in changes.items()}
     return {WHOLE: config, **{name: recipe for name, recipe in changed_recipes.items() if recipe != config},
         COURSE: Config(config.architecture, config.epochs, step_size=drop, cutout=cutout, precision=config.precision)}

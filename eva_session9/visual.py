@@ -296,7 +296,7 @@ def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> at mos
                    xlabel: str,                                  # what was measured
                    line: float | None = None                     # a value to compare with, such as that of chance
                   ) -> Picture:
-    "A mean and its interval for every row and series, the series in the order of their names. A row may lack some."
+    "A mean and its interval for every row and series, the series in the order of their names. A row may lack some; one series alone has no legend."
     series = sorted({name for values in found.values() for name in values})
     if len(series) > 4: raise ValueError(f'plot_intervals: found {len(series)} series, expected at most 4')
     picture = _picture(title, 6.4, 0.8 + 0.27 * len(found), 'constrained')
@@ -309,5 +309,5 @@ def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> at mos
                       markersize=3.5, linewidth=1.2, label=name)
     axes.set_yticks(range(len(found)), found, fontsize=8)
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    if len(series) > 1: axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return picture

@@ -73,3 +73,14 @@ def test_the_recorded_command_gives_the_recorded_recipe(name):
     given = {word: words[i + 1] for i, word in enumerate(words) if word == '--config'}
     settings = [words[i + 1] for i, word in enumerate(words) if word == '--set']
     assert changed(getattr(Config, given['--config'])(), settings) == config_from(run['config'])
+
+
+@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates'])
+def test_the_recorded_command_asks_the_recorded_question(name):
+    run = json.loads((ROOT / f'results/{name}.json').read_text())
+    words = shlex.split(run['command'])
+    settings, different = ([words[i + 1] for i, word in enumerate(words) if word == flag] for flag in ('--set', '--variant'))
+    recorded = {name: config_from(fields) for name, fields in run['question']['recipes'].items()}
+    config = replace(changed(Config.fast(), settings), precision=recorded[WHOLE].precision)
+    assert (asked_for(config, different) if different else variants(config)) == recorded
+    assert recorded.keys() == run['trained'].keys()
