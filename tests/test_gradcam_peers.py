@@ -183,8 +183,9 @@ if rank == 0:
     assert heatmaps.maps.equal(GradCAM(net, '0')(images, 1).maps)
     assert all(p.grad is None for p in model.parameters())
 model(images).sum().backward()                      # and both ranks still train together
+print('done', flush=True)                           # what gloo does as it is taken down is not the question
+dist.barrier()
 dist.destroy_process_group()
-print('done')
 '''
 
 
