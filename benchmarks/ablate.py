@@ -98,6 +98,7 @@ def settled(args, config):
 def one_run(args, config):
     "Train by the recipe; the accuracy on the images held out, None where the loss was no number, and the seconds it took."
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True  # of a GPU; otherwise without effect
     train_set, test_set = sets(args)
     train_batches, test_batches = recipe_batches(config, train_set, test_set)
     seed_everything(config.seed)

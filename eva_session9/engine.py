@@ -6,7 +6,8 @@ Docs: https://eva-session9.github.io/eva_session9/engine.html.md"""
 
 # %% auto #0
 __all__ = ['train_step', 'forward', 'Scores', 'train', 'Evaluation', 'test', 'faster_precision', 'prepare', 'History',
-           'make_optimizer', 'triangle', 'Muon', 'orthogonal', 'Lookahead', 'zero_gamma', 'fit']
+           'make_optimizer', 'triangle', 'Muon', 'orthogonal', 'Lookahead', 'zero_gamma', 'Recorded', 'RecordedStep',
+           'fit']
 
 # %% ../nbs/06_engine.ipynb #cbdb2027
 import copy
@@ -17,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
@@ -44,9 +46,11 @@ def train_step(model: nn.Module,                 # in train mode
     finite = _answer(loss.isfinite())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if not finite(): raise FloatingPointError(f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}')
+    if not finite(): raise FloatingPointError(_not_finite(loss, optimizer))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): optimizer.step()
     return loss.detach(), logits.detach()
+
+def _not_finite(loss, optimizer): return f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}'
 
 def _answer(yes):
     "A function that gives the answer. A GPU goes on with its work meanwhile."
@@ -264,25 +268,42 @@ class Muon(torch.optim.SGD):
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
         filters = [p for group in self.param_groups if group['muon'] for p in group['params'] if p.grad is not None]
-        for p in filters:
-            if 'muon' not in self.state[p]: self.state[p]['muon'] = torch.zeros_like(p)
-            average = self.state[p]['muon'].mul_(0.6).add_(p.grad)
-            p.grad = orthogonal(p.grad.add(average, alpha=0.6).flatten(1)).view_as(p)
-            p.mul_(len(p)**0.5 / p.norm().clamp(min=1e-7))
+        if filters: self._orthogonalise(filters, [p.grad for p in filters])
         super().step()
         return loss
 
+    def _orthogonalise(self, filters, gradients):
+        "Set the norms of the filters, and make orthogonal steps of their gradients; those of one shape together."
+        for p in filters:
+            if 'muon' not in self.state[p]: self.state[p]['muon'] = torch.zeros_like(p)
+        averages = [self.state[p]['muon'] for p in filters]
+        torch._foreach_mul_(averages, 0.6)
+        torch._foreach_add_(averages, gradients)
+        torch._foreach_add_(gradients, averages, alpha=0.6)
+        for shape in dict.fromkeys(p.shape for p in filters):
+            steps = [_rows(gradient) for gradient in gradients if gradient.shape == shape]
+            torch._foreach_copy_(steps, orthogonal(torch.stack(steps)).unbind())
+        norms = torch._foreach_norm(filters)
+        torch._foreach_clamp_min_(norms, 1e-7)
+        torch._foreach_div_(filters, norms)
+        torch._foreach_mul_(filters, [len(p)**0.5 for p in filters])
+
+def _rows(gradient):
+    "A filter in each row, its numbers in the order in which they lie in memory; orthogonal rows are so in any order."
+    n = gradient[0].numel()
+    return gradient.as_strided((len(gradient), n), (n, 1)) if gradient.stride(0) == n else gradient.view(len(gradient), n)
+
 # %% ../nbs/06_engine.ipynb #397703c4
-def orthogonal(matrix: Tensor, # (M, N)
-               steps: int = 3  # of the iteration
-              ) -> Tensor:     # (M, N), in the type of the matrix; its larger singular values are about one
-    "The nearest matrix with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order, its products in the type of autocast."
-    x = matrix / (matrix.norm() + 1e-7)
-    if len(matrix) > matrix.shape[1]: x = x.T
+def orthogonal(matrices: Tensor, # (B, M, N)
+               steps: int = 3    # of the iteration
+              ) -> Tensor:       # (B, M, N), in the type of the matrices; their larger singular values are about one
+    "The nearest matrices with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order in the type of autocast."
+    x, tall = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7), matrices.shape[1] > matrices.shape[2]
+    if tall: x = x.mT
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 # %% ../nbs/06_engine.ipynb #281f59e2
 class Lookahead:
@@ -306,9 +327,9 @@ class Lookahead:
         self.done += 1
         if self.done % self.every and self.done != self.steps: return
         stay = 0.95**self.every * (self.done / self.steps)**3 if self.done % self.every == 0 else 1.0
-        for name, fast in self._fast().items():
-            self.slow[name].lerp_(fast, 1 - stay)
-            fast.copy_(self.slow[name])
+        slow, fast = list(self.slow.values()), list(self._fast().values())
+        torch._foreach_lerp_(slow, fast, 1 - stay)
+        torch._foreach_copy_(fast, slow)
 
     def state_dict(self) -> dict:
         "The slow weights and the number of steps so far, to be stored in a checkpoint."
@@ -330,6 +351,68 @@ def zero_gamma(model: nn.Module # changed in place
         last = [layer for layer in block.children() if isinstance(layer, nn.BatchNorm2d)][-1]
         if (last.weight == 1).all(): nn.init.zeros_(last.weight)
     return model
+
+# %% ../nbs/06_engine.ipynb #a1c0de02
+class Recorded:
+    """A function of tensors on a GPU. Its fourth call records it as a CUDA graph, and from then on it is replayed.
+
+    It must do the same work at every call. What it answers with is overwritten by the next call."""
+    def __init__(self,
+                 function: Callable): # tensors in, a tuple of tensors or nothing out
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *tensors):
+        self.calls += 1
+        if self.calls < 4: return _aside(self.function, tensors)
+        if not self.graph: self._record(tensors)
+        for mine, given in zip(self.tensors, tensors): mine.copy_(given)
+        self.graph.replay()
+        return self.answer
+
+    def _record(self, tensors):
+        self.tensors, self.graph = [t.clone() for t in tensors], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode='thread_local'): self.answer = self.function(*self.tensors)
+
+def _aside(function, tensors):
+    "The function's answer, on a stream that is not the default one, since nothing of the default stream can be recorded later."
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream): answer = function(*tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    return answer
+
+# %% ../nbs/06_engine.ipynb #a1c0de04
+class RecordedStep:
+    "`train_step` for a GPU, recorded for each shape of batches; called and answers as it does."
+    def __init__(self): self.recorded = {}
+
+    def __call__(self, model, x, y, optimizer, precision='fp32', label_smoothing=0.0):
+        if x.shape not in self.recorded:
+            self.recorded[x.shape] = (Recorded(partial(_gradients, model, optimizer, precision, label_smoothing)),
+                                      Recorded(partial(_update, optimizer, precision)))
+        gradients, update = self.recorded[x.shape]
+        loss, logits, finite = gradients(x, y)
+        finite, rates = _answer(finite), [torch.full((), group['lr'], device=x.device) for group in optimizer.param_groups]
+        if not finite(): raise FloatingPointError(_not_finite(loss, optimizer))
+        update(*rates)
+        return loss, logits
+
+def _gradients(model, optimizer, precision, label_smoothing, x, y):
+    "Loss, logits, and whether the loss is finite; the gradients in the layout of the weights, as a fused optimizer wants them."
+    logits = forward(model, x, precision)
+    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for p in model.parameters():
+        if p.grad is not None and p.grad.stride() != p.stride(): p.grad = torch.empty_like(p).copy_(p.grad)
+    return loss.detach(), logits.detach(), loss.isfinite()
+
+def _update(optimizer, precision, *rates):
+    "The optimizer's step, fused, at learning rates that are tensors."
+    numbers = [group['lr'] for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates): group.update(lr=rate, fused=True)
+    with torch.autocast(rates[0].device.type, torch.bfloat16, enabled=precision == 'bf16'): optimizer.step()
+    for group, number in zip(optimizer.param_groups, numbers): group.update(lr=number, fused=None)
 
 # %% ../nbs/06_engine.ipynb #a71a9cf8
 def _parts(model, config, steps):
@@ -362,24 +445,24 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     device = pick_device(device)
     if device.type == 'cpu': _keep_memory()
     _check_classes(model.to(device), train_batches)
-    parts = _parts(model, config, len(train_batches))
-    history = _start(parts, train_batches, config, device, out, resume)
-    network = _compiled(prepare(model, history.precision), config, device)
-    done = len(history.epochs)
+    history, state = _start(model, train_batches, config, device, out, resume)
+    parts = _parts(prepare(model, history.precision), config, len(train_batches))
+    if state: _restore(parts, state, out)
+    network, one_step = _fastest(model, config, device)
+    step, done = partial(_step, one_step, parts, config), len(history.epochs)
     for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
         start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
-        scores = _epoch(network, parts, train_batches, test_batches, config, history.precision, epoch)
+        scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
         history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
         bar.set_postfix({name: f'{value:.2%}' for name, value in scores.items() if 'accuracy' in name})
         if out is not None: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
     return history
 
 # %% ../nbs/06_engine.ipynb #f30e66e5
-def _epoch(network, parts, train_batches, test_batches, config, precision, epoch):
+def _epoch(network, step, parts, train_batches, test_batches, config, precision, epoch):
     "Train for one epoch and test, if there is something to test on; the scores by name."
     if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
-    step = _step(parts, config, config.size(epoch))
-    trained = train(network, train_batches, parts['optimizer'], precision, f'epoch {epoch + 1}', step)
+    trained = train(network, train_batches, parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
     _check_finite(parts['model'], epoch)
     if not config.warmup: parts['schedule'].step()
     scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
@@ -396,10 +479,10 @@ def _check_finite(model, epoch):
         raise FloatingPointError(f'{broken[0]} is not finite after epoch {epoch + 1}; start again in another folder, with a lower learning rate')
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
-def _step(parts, config, size):
-    "`train_step` as the recipe has it, at a `size` of images, and what is to be done after each."
+def _step(one_step, parts, config, size):
+    "A step as the recipe has it, at a `size` of images, and what is to be done after each."
     def step(model, x, y, optimizer, precision='fp32'):
-        result = train_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
+        result = one_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
         if config.warmup: parts['schedule'].step()
         if config.lookahead: parts['average'].step()
         return result
@@ -410,12 +493,12 @@ def _resized(x, size):
     if size is None or x.shape[2:] == (size, size): return x
     return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
-def _compiled(model, config, device):
-    "The network with fused kernels, replayed as CUDA graphs, where the recipe says so and there is a GPU."
-    if not config.compile or device.type != 'cuda': return model
-    if find_spec('triton'): return torch.compile(model, mode='reduce-overhead', dynamic=False)
-    warnings.warn('Triton is not installed, so the network is not compiled; install it for more speed')
-    return model
+def _fastest(model, config, device):
+    "The network, and the step to train it by: with fused kernels and recorded, where the recipe says so and there is a GPU."
+    if not config.compile or device.type != 'cuda': return model, train_step
+    if find_spec('triton'): return torch.compile(model, dynamic=False), RecordedStep()
+    warnings.warn('Triton is not installed, so kernels are not fused; install it for more speed')
+    return model, RecordedStep()
 
 def _keep_memory():
     "Have glibc keep the memory that a step on a processor frees, for the next one; other C libraries do as they like."
@@ -473,21 +556,24 @@ def _state(parts, batches, history):
     return {**{name: part.state_dict() for name, part in parts.items()},
             'rng': rng_state(), 'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
 
-def _start(parts, batches, config, device, out, resume):
-    "The record to go on with: a new one, or that of the newest checkpoint, restored."
+def _start(model, batches, config, device, out, resume):
+    "The record to go on with: a new one, or that of the newest checkpoint, and the checkpoint."
     if out is None or not checkpoints(out):
-        return History(config, hardware(device), versions(), precision=_settled(config.precision, parts['model'], batches, device))
+        return History(config, hardware(device), versions(), precision=_settled(config.precision, model, batches, device)), None
     if not resume: raise FileExistsError(f'{out} holds a run already; resume it (resume=True, --resume), or choose another folder')
     state = load_checkpoint(out)
     history = History.from_dict(state['history'])
     _same_run(history, config, state, batches, out)
     _same_machine(history, state, device)
+    return history, state
+
+def _restore(parts, state, out):
+    "Put what a run changes to where the checkpoint has it."
     try:
         for name, part in parts.items(): part.load_state_dict(state[name])
     except (RuntimeError, ValueError) as error:
         raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with') from error
     set_rng_state(state['rng'])
-    return history
 
 # %% ../nbs/06_engine.ipynb #131ff0f5
 def _same_run(history, config, state, batches, out):

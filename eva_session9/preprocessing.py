@@ -401,8 +401,16 @@ class Batches(Keyed):
     def __iter__(self):
         order = torch.tensor(self.sampler.order(), device=self.device)
         drawn = self.dataset.draw(self.sampler.epoch, torch.arange(len(order), device=self.device))
-        for index in order[:self.length * self.batch_size].split(self.batch_size):
-            yield self.dataset.apply(index, [parameters[index] for parameters in drawn]), self.dataset.labels[index]
+        for index in order[:self.length * self.batch_size].split(self._at_once() * self.batch_size):
+            x = self.dataset.apply(index, [parameters[index] for parameters in drawn])
+            yield from zip(x.split(self.batch_size), self.dataset.labels[index].split(self.batch_size))
+
+    def _at_once(self):
+        "How many batches are transformed together: on a GPU many small ones, for which starting a kernel takes longer than its work."
+        pixels = self.batch_size * self.dataset.pixels[0, 0].numel()
+        return 1 if self.device.type == 'cpu' else max(1, _PIXELS_AT_ONCE // pixels)
+
+_PIXELS_AT_ONCE = 2**22
 
 # %% ../nbs/02_preprocessing.ipynb #b3c1f0a2
 def recipe_batches(config: Config,      # the recipe: augmentation, batch size, seed, and which road
