@@ -9,9 +9,9 @@
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
 for sanity on 20. Each measured row is kept in --work, and not measured again in the same precision by the same version of
-torch, so a run that was cut goes on, and two processes can measure the two sets (--only) before a third joins them. Means
-have 95% bootstrap intervals over images; "over centre" is the mean difference, image by image, to the bump in the middle. Times are
-taken last, on an idle machine if you can.
+torch, so a run that was cut goes on. Means have 95% bootstrap intervals over images; "over centre" is the mean difference,
+image by image, to the bump in the middle. Times are taken last, on an idle machine if you can. Each part of the file names
+the machine and the command that it was measured with; with --only the file keeps what it has of the other parts.
 """
 import argparse
 import hashlib
@@ -113,9 +113,9 @@ def explained(cam, images, target, low=False):
 
 class Rows:
     "Measured rows, each a dictionary of tensors (N,), kept in a folder."
-    seconds = 0.0  # that all rows took, whenever they were measured
 
     def __init__(self, folder, key, low):
+        self.seconds = 0.0  # that all rows took, whenever they were measured
         self.folder, self.rows = folder / f"{key}-{'bf16' if low else 'fp32'}-torch-{torch.__version__}", {}
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -126,7 +126,7 @@ class Rows:
             path.with_suffix('.part').rename(path)
         kept = torch.load(path, weights_only=True)
         self.rows[name, layer] = kept['row']
-        Rows.seconds += kept['seconds']
+        self.seconds += kept['seconds']
 
     def table(self):
         "Plain data: a row each, with intervals, and differences to the centre where that was measured."
@@ -204,7 +204,7 @@ def study_shapes(n, work):
     for name, layer, cam in tqdm(list(explainers(model)), 'shapes'):
         rows.measure(name, layer, lambda: work_on(name, cam))
         pairs.measure(name, layer, lambda: {'named less other': class_of_two(name, cam)})
-    return {'conditions': facts, 'place': rows.table(), 'two objects': pairs.table()}
+    return {'conditions': facts, 'place': rows.table(), 'two objects': pairs.table(), 'seconds': round(rows.seconds + pairs.seconds)}
 
 
 def stratified(images, n):
@@ -249,10 +249,11 @@ def study_cifar10(root, n, work):
     for name, layer, cam in tqdm(list(explainers(model)), 'cifar10'):
         rows.measure(name, layer, lambda: work_on(name, cam))
         sanity.measure(name, layer, lambda: sane(name, cam, layer))
-    return {'conditions': facts, 'faithfulness': rows.table(), 'sanity': sanity.table(), 'weights_sha256': model.card['sha256']}
+    return {'conditions': facts, 'faithfulness': rows.table(), 'sanity': sanity.table(), 'weights_sha256': model.card['sha256'],
+            'seconds': round(rows.seconds + sanity.seconds)}
 
 
-def milliseconds(n=8, rounds=3):
+def study_time(n=8, rounds=3):
     "An image's time by every method and layer: the median over rounds that take turns, on a batch of n, float32, weights at random."
     torch.manual_seed(0)
     x, seconds = torch.randn(n, 3, 32, 32), {}
@@ -261,7 +262,14 @@ def milliseconds(n=8, rounds=3):
             start = time.perf_counter()
             cam(x).maps
             seconds.setdefault((name, layer), []).append(time.perf_counter() - start)
-    return [{'method': name, 'layer': layer, 'ms': round(1000 * statistics.median(taken) / n, 3)} for (name, layer), taken in seconds.items()]
+    rows = [{'method': name, 'layer': layer, 'ms': round(1000 * statistics.median(taken) / n, 3)} for (name, layer), taken in seconds.items()]
+    return {'rows': rows, 'seconds': round(sum(sum(taken) for taken in seconds.values()))}
+
+
+def keep(path, name, part):
+    "Write one part of the study; the others stay as the file has them."
+    study = json.loads(path.read_text()) if path.exists() else {}
+    write_atomically(path, (json.dumps(study | {name: part}, indent=1) + '\n').encode())
 
 
 def main():
@@ -271,15 +279,15 @@ def main():
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
     parser.add_argument('--work', type=Path, default=Path('eva9-cam-study'), help='folder for the rows (default eva9-cam-study)')
     parser.add_argument('--out', type=Path, default=Path('results/cam_study.json'), help='default results/cam_study.json')
-    parser.add_argument('--only', choices=('shapes', 'cifar10'), help='measure the rows of this set and stop')
+    parser.add_argument('--only', choices=('shapes', 'cifar10', 'time'), help='measure this part alone')
     args = parser.parse_args()
-    machine, found = hardware(pick_device('cpu')), {}
-    if args.only != 'cifar10': found['shapes'] = study_shapes(args.shapes, args.work)
-    if args.only != 'shapes': found['cifar10'] = study_cifar10(args.root, args.images, args.work)
-    if args.only: return
-    found |= {'time': milliseconds(), 'seed': 0, 'hardware': machine, 'versions': versions(), 'seconds': round(Rows.seconds),
-              'command': f'python benchmarks/cam_study.py --shapes {args.shapes} --images {args.images}'}
-    write_atomically(args.out, (json.dumps(found, indent=1) + '\n').encode())
+    parts = {'shapes': (f'--shapes {args.shapes}', lambda: study_shapes(args.shapes, args.work)),
+             'cifar10': (f'--images {args.images}', lambda: study_cifar10(args.root, args.images, args.work)),
+             'time': ('', study_time)}
+    for name, (size, measured) in parts.items():
+        if args.only in (None, name):
+            command = f'python benchmarks/cam_study.py --only {name} {size}'.strip()
+            keep(args.out, name, measured() | {'hardware': hardware(pick_device('cpu')), 'versions': versions(), 'command': command})
     print(args.out)
 
 

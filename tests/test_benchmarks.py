@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 from ablate import COURSE, WHOLE, asked_for, compared, halved, variants
+from cam_study import keep
 from reproduce import changed, held_out, looks, summary
 
 
@@ -64,6 +65,11 @@ def test_images_of_half_the_side_are_means_of_four_pixels():
     images = shapes(3)
     assert halved(images).images.shape == (3, 16, 16, 3)
     assert abs(halved(images).images[1, 2, 3] - images.images[1, 4:6, 6:8].astype(float).mean((0, 1))).max() <= 0.5
+
+
+def test_a_part_of_the_study_measured_anew_leaves_the_others(tmp_path):
+    for name, part in (('shapes', 1), ('cifar10', 2), ('shapes', 3)): keep(tmp_path / 'study.json', name, part)
+    assert json.loads((tmp_path / 'study.json').read_text()) == {'shapes': 3, 'cifar10': 2}
 
 
 @pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'results').glob('*_cpu.json') if 'reproduce.py' in path.read_text()))
