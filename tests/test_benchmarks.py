@@ -72,7 +72,7 @@ def test_a_part_of_the_study_measured_anew_leaves_the_others(tmp_path):
     assert json.loads((tmp_path / 'study.json').read_text()) == {'shapes': 3, 'cifar10': 2}
 
 
-@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'results').glob('*_cpu.json') if 'reproduce.py' in path.read_text()))
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'results').glob('*_[cg]pu.json') if 'reproduce.py' in path.read_text()))
 def test_the_recorded_command_gives_the_recorded_recipe(name):
     run = json.loads((ROOT / f'results/{name}.json').read_text())
     words = shlex.split(run['command'])
@@ -81,7 +81,7 @@ def test_the_recorded_command_gives_the_recorded_recipe(name):
     assert changed(getattr(Config, given['--config'])(), settings) == config_from(run['config'])
 
 
-@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates'])
+@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates', 'tuning_gpu'])
 def test_the_recorded_command_asks_the_recorded_question(name):
     run = json.loads((ROOT / f'results/{name}.json').read_text())
     words = shlex.split(run['command'])
