@@ -84,6 +84,8 @@ def load_model(path: str | Path # of the weights; the card is beside them
             raise CheckpointError(f'{path}: the weights are not those of the card (sha256 differs); copy both files again')
         model = make_model(card['architecture'], len(card['classes']))
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in from_safetensors(blob).items()})
+    except FileNotFoundError as error:
+        raise CheckpointError(f'{error.filename}: no such file; `save_model` writes weights and card, NAME.safetensors and NAME.json: keep both together') from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f'{path}: not a model that `save_model` wrote ({error})') from error
     model.card = card
