@@ -1,0 +1,75 @@
+"""Does the order of the methods depend on the network? ROAD on CIFAR-10 for weights of several recipes.
+
+    python benchmarks/networks.py --out results/networks.json cc6b5e9 0c1a9ee df8f190 2a0a117
+
+Each network is a commit of this repository, whose weights and card git reads (so a clone with its whole history is needed):
+the library came with the weights of four recipes one after another. Measured as in cam_study.py, on the same images: the
+mean difference, image by image, to a bump in the middle, with 95% bootstrap intervals. The methods that need a pass for each
+channel are left out. A network that --out holds already is not measured again.
+"""
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cam_study import FRACTIONS, SLOW, Fast, controls, explained, explainers, in_batches, inputs, rounded, stratified
+from eva_session9.config import hardware, pick_device, versions
+from eva_session9.data import cifar10
+from eva_session9.gradcam import bootstrap, road_score
+from eva_session9.save_load import load_model, write_atomically
+
+WEIGHTS = 'eva_session9/weights/resnet18_cifar10'
+
+
+def at_commit(commit):
+    "The model that the library came with at a commit."
+    with tempfile.TemporaryDirectory() as folder:
+        for ending in ('.safetensors', '.json'):
+            found = subprocess.run(['git', 'show', f'{commit}:{WEIGHTS}{ending}'], capture_output=True)
+            if found.returncode: raise SystemExit(found.stderr.decode().strip())
+            (Path(folder) / f'model{ending}').write_bytes(found.stdout)
+        return load_model(Path(folder) / 'model.safetensors')
+
+
+def measured(model, images):
+    "Accuracy on the images, and a row for each method and layer."
+    start, x = time.perf_counter(), inputs(images, model.card['mean'], model.card['std'])
+    fast = Fast(model, x[:32])
+    target = in_batches(lambda a: {'target': fast(a).argmax(1)}, x)['target']
+
+    def road(maps):
+        return in_batches(lambda *batch: {'road': road_score(fast, *batch, FRACTIONS)}, x, maps.round(decimals=4), target)['road']
+    centre, rows = road(controls(x)['centre']), []
+    for name, layer, cam in tqdm(list(explainers(model)), model.card['sha256'][:8]):
+        if name not in SLOW:
+            score = road(explained(cam, x, target)[0])
+            rows.append({'method': name, 'layer': layer, 'road over centre': rounded(bootstrap(score - centre))})
+    return {'accuracy': (target.numpy() == images.labels).mean().item(), 'centre': rounded(bootstrap(centre)), 'rows': rows,
+            'precision': 'bf16' if fast.low else 'fp32', 'recipe': model.card['recipe'], 'test accuracy': model.card['accuracy'],
+            'weights_sha256': model.card['sha256'], 'seconds': round(time.perf_counter() - start)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('commits', nargs='+', metavar='COMMIT', help='whose weights to measure')
+    parser.add_argument('--images', type=int, default=500, help='CIFAR-10 test images, a multiple of 10 (default 500)')
+    parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
+    parser.add_argument('--out', type=Path, default=Path('results/networks.json'), help='default results/networks.json')
+    args = parser.parse_args()
+    asked = {'images': args.images, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
+    before = json.loads(args.out.read_text()) if args.out.exists() else {**asked, 'networks': {}}
+    if {name: before[name] for name in asked} != asked: raise SystemExit(f'{args.out} holds another measurement; choose another file')
+    networks, images = before['networks'], stratified(cifar10(args.root)[1], args.images)
+    for commit in args.commits:
+        if commit not in networks: networks[commit] = measured(at_commit(commit), images)
+        result = {**asked, 'networks': networks, 'seconds': sum(network['seconds'] for network in networks.values()),
+                  'command': f"python benchmarks/networks.py --images {args.images} {' '.join(networks)}"}
+        write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
+    print(args.out)
+
+
+if __name__ == '__main__': main()
