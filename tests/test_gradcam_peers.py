@@ -169,7 +169,7 @@ def test_the_warning_for_a_shared_module_points_at_the_caller():
 EXPLAIN_ON_ONE_RANK = '''
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from eva_session9.gradcam import GradCAM
+from eva_session9.gradcam import GradCAM, deletion
 rank = int(sys.argv[1])
 torch.set_num_threads(1)
 dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
@@ -178,10 +178,15 @@ body = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgP
 net = torch.nn.Sequential(*body, torch.nn.Flatten(), torch.nn.Linear(4, 2))
 model = DistributedDataParallel(net)
 images = torch.randn(2, 3, 8, 8)
+def refuse(*_): raise AssertionError('the wrapper was run, which waits for the other rank')
 if rank == 0:
-    heatmaps = GradCAM(model, '0')(images, 1)      # would wait for rank 1 if it ran the wrapper
+    refused = model.register_forward_pre_hook(refuse)
+    heatmaps = GradCAM(model, '0')(images, 1)
     assert heatmaps.maps.equal(GradCAM(net, '0')(images, 1).maps)
     assert all(p.grad is None for p in model.parameters())
+    curve = deletion(model, images, heatmaps.maps[:, 0], heatmaps.target, steps=2)
+    assert curve.equal(deletion(net, images, heatmaps.maps[:, 0], heatmaps.target, steps=2))
+    refused.remove()
 model(images).sum().backward()                      # and both ranks still train together
 print('done', flush=True)                           # what gloo does as it is taken down is not the question
 dist.barrier()

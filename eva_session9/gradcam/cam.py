@@ -11,7 +11,7 @@ __all__ = ['Status', 'Heatmaps', 'unwrap', 'find_layers', 'target_classes', 'eva
 # %% ../../nbs/08a_gradcam.cam.ipynb #2564996c
 import sys, warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -94,7 +94,8 @@ class Heatmaps:
     def of(self, k: int) -> 'Heatmaps': # a class, of those that `target='all'` explained
         "The maps for one class."
         if any(raw.ndim != 4 for raw in self.raw.values()): raise ValueError("the maps are of one class an image already; only target='all' gives more")
-        return replace(self, raw={name: raw[:, k] for name, raw in self.raw.items()}, target=self.target.new_full(self.logits.shape[:1], k))
+        if k not in range(self.logits.shape[1]): raise ValueError(f'found class {k!r}, expected 0 to {self.logits.shape[1] - 1}')
+        return replace(self, raw={name: raw[:, k].clone() for name, raw in self.raw.items()}, target=self.target.new_full(self.logits.shape[:1], k))
 
     def __repr__(self):
         grids = ', '.join(f'{name} {h}x{w}' for name, (h, w) in self.grid.items())
@@ -112,10 +113,11 @@ def find_layers(model: nn.Module,                                     # the netw
                 layers: str | nn.Module | Sequence[str | nn.Module]   # a name, a module, or a list of either
                 ) -> dict[str, nn.Module]:
     "Layer names and their modules, in the order asked for. An unknown or repeated layer raises `ValueError`."
+    if not isinstance(model, nn.Module): raise TypeError(f'model: found {type(model).__name__}, expected an nn.Module')
     modules = {name.replace('_orig_mod.', '').replace('._orig_mod', ''): module
                for name, module in model.named_modules(remove_duplicate=False)}
-    found = {}
-    for layer in [layers] if isinstance(layers, str | nn.Module) else layers:
+    several, found = isinstance(layers, Iterable) and not isinstance(layers, str | nn.Module), {}
+    for layer in layers if several else [layers]:
         name = layer if isinstance(layer, str) else _name_of(layer, modules)
         if name not in modules:
             close = get_close_matches(name, modules, n=3) or [name for name, _ in model.named_children()]
@@ -131,7 +133,7 @@ def _name_of(layer, modules):
     layer = getattr(layer, '_orig_mod', layer)
     for name, module in modules.items():
         if module is layer: return name
-    raise ValueError(f'the model holds no such module: {layer}')
+    raise ValueError(f'the model does not hold this {type(layer).__name__}; if it is from a copy of the model, pass its name')
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #8e21a75a
 def target_classes(target,                                # as in `CAM.__call__`
@@ -148,7 +150,7 @@ def target_classes(target,                                # as in `CAM.__call__`
     if isinstance(target, str): target = _class_index(target, classes)
     if isinstance(target, list | tuple):
         target = [_class_index(t, classes) if isinstance(t, str) else t for t in target]
-    return _checked(torch.as_tensor(target, device=logits.device), n, k)
+    return _checked(_as_index(target, logits.device), n, k)
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #b52fb35b
 def _is_all(target): return isinstance(target, str) and target == 'all'
@@ -157,24 +159,33 @@ def _class_index(name, classes):
     "The index of a class name."
     if classes is None: raise ValueError(f'class {name!r}: the model has no card with class names, so pass classes=[...]')
     if name in classes: return list(classes).index(name)
-    close = get_close_matches(name, classes, n=3) or classes
+    close = get_close_matches(name, classes, n=3) or classes[:10]
     raise ValueError(f"no class {name!r}; close to it: {', '.join(close)}")
+
+def _as_index(target, device):
+    "One index or several, as a tensor."
+    try: return torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        found = {type(t).__name__ for t in target} if isinstance(target, list | tuple) else {type(target).__name__}
+        raise TypeError(f"target: found {', '.join(sorted(found))}, expected a class, a class for each image, 'all', None, "
+                        'or a function of the logits') from error
 
 def _checked(index, n, k):
     "Class indices (N,) from one index or N of them."
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f'target: found {index.dtype}, expected integer class indices')
     if index.ndim == 0: index = index.expand(n)
     if index.shape != (n,):
         raise ValueError(f'target: found shape {tuple(index.shape)} for {n} images, expected one class or ({n},)')
-    if ((index < 0) | (index >= k)).any():
-        raise ValueError(f'target: found class {index.tolist()}, expected 0 to {k - 1}')
-    return index.long()
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f'target: found {index.dtype}, expected integer class indices')
+    index = index.long()
+    outside = index[(index < 0) | (index >= k)].tolist()
+    if outside: raise ValueError(f'target: found class {outside[0]}, expected 0 to {k - 1}')
+    return index
 
 def _scores(target, index, logits):
     "The scores to explain, (N, T): one column, or one for each class."
     if callable(target):
-        scores = target(logits)
+        scores = target(logits.clone())
         if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f'target: the function gave {found} for {len(logits)} images, expected ({len(logits)},)')
@@ -186,7 +197,7 @@ def _keep(name, kept, runs, graph):
     "A forward hook that puts a layer's output into `kept`; with `graph`, the first one to run starts the recording."
     def hook(module, inputs, output):
         if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
-            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            found = f'{output.dtype} {tuple(output.shape)}' if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f'layer {name!r} gives {found}, expected float (N, C, h, w): choose a convolutional layer')
         if graph and not runs: torch.set_grad_enabled(True)
         runs[name] += 1
@@ -226,7 +237,7 @@ class ForwardPass:
     score: Callable[[Tensor], Tensor]   # logits (N, K) -> the scores to explain, (N, T): T is K for 'all', else 1
     target: Tensor | None               # the classes explained: (N,), for 'all' (K,); None for a function
     all_classes: bool                   # was 'all' asked for?
-    linear: tuple | None                # the network's last linear layer: its weight, input and output
+    linear: tuple | None                # the linear layer that ran last: its weight, input and output
 
     def __post_init__(self):
         self.activations = {name: _at_least_float32(node.detach()) for name, node in self.nodes.items()}
@@ -280,20 +291,31 @@ def _spread(weight, activation):
 # %% ../../nbs/08a_gradcam.cam.ipynb #66479f54
 @torch.no_grad
 def _run(model, layers, images, graph):
-    "Logits; layer -> output; and the weight, input and output of the last linear layer."
+    "Logits; layer -> output; and the weight, input and output of the linear layer that ran last."
     kept, runs, linear = {}, Counter(), {}
     def keep_linear(module, inputs, output):
         linear['last'] = (module.weight, inputs[0].detach(), output.detach().clone()) if inputs else None
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
-    with _hooked(hooks + [(module, keep_linear) for module in last]): logits = model(images)
+    hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
+    with _hooked(hooks): logits = model(images)
     for name in layers:
         if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain')
-        if runs[name] == 1: continue
-        warnings.warn(f'layer {name!r} ran {runs[name]} times in one pass; the map explains its last run', stacklevel=4)
+        for doubt in _doubts(runs[name], kept[name].shape[2:], images.shape[2:]): warnings.warn(f'layer {name!r} {doubt}', stacklevel=4)
     return _checked_logits(logits), {name: kept[name] for name in layers}, linear.get('last')
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #a3be11a1
+def _doubts(runs, grid, size):
+    "What may be wrong with a layer that ran `runs` times and has a grid of cells over images of a size."
+    if runs > 1: yield f'ran {runs} times in one pass; the map explains its last run'
+    if _misshapen(grid, size):
+        yield (f'gives {grid[0]} x {grid[1]} cells for images of {size[0]} x {size[1]} pixels: are its channels last? '
+               'Choose a layer that gives (N, C, h, w)')
+
+def _misshapen(grid, size):
+    "Is the grid longer or wider than the image's proportions by half, and by more than a cell?"
+    sides = grid[0] * size[1], grid[1] * size[0]
+    return max(sides) > 1.5 * min(sides) + max(size)
+
 def _checked_images(images):
     "Images that a network can be run on outside inference mode."
     expected = 'expected a float tensor (N, 3, H, W), normalised as in training'
@@ -319,7 +341,8 @@ class CAM:
                  classes: Sequence[str] | None = None):                # class names; None: those of `model.card`
         self.model = unwrap(model)
         self.layers = find_layers(self.model, layers)
-        self.classes = getattr(self.model, 'card', {}).get('classes') if classes is None else classes
+        card = getattr(self.model, 'card', None)
+        self.classes = card.get('classes') if classes is None and isinstance(card, dict) else classes
 
     def heatmap(self,
                 activation: Tensor, # (N, C, h, w), float32
@@ -345,7 +368,8 @@ class CAM:
 
         `target` is None for the predicted class, a class (index or name) for all images, N classes, 'all' for every class, or
         a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, a layer that does not run
-        and a score that does not depend on it raise `ValueError`."""
+        and a score that does not depend on it raise `ValueError`. While a call runs, the network has hooks and is in eval mode:
+        let no other thread use it."""
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), _eager():
             images = _checked_images(images).to(next(self.model.parameters(), images).device)
             logits, nodes, linear = _run(self.model, self.layers, images, self.graph)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cam import CAM, ForwardPass, GradCAM, GradCAMPlusPlus, linear_weight
+from .cam import CAM, ForwardPass, GradCAM, GradCAMPlusPlus, _at_least_float32, linear_weight
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #70562857
 class HiResCAM(CAM):
@@ -80,7 +80,8 @@ class ClassActivationMap(GradientFreeCAM):
 # %% ../../nbs/08b_gradcam.methods.ipynb #89c74fb3
 def first_component(activation: Tensor) -> Tensor: # (N, C, h, w)
     "Each image's cells projected on their first principal component, (N, h, w), signed to go with the mean activation."
-    x = activation.flatten(2)                                            # X transposed: channels x cells
+    size = activation.abs().amax((1, 2, 3)).clamp(min=torch.finfo(activation.dtype).tiny)[:, None]
+    x = activation.flatten(2) / size[..., None]                          # X transposed: channels x cells; squares stay finite
     mean, x = x.mean(1), x - x.mean(2, keepdim=True)
     if x.shape[1] <= x.shape[2]:
         v = torch.linalg.eigh(x @ x.mT).eigenvectors[:, :, -1:]          # eigenvalues ascend
@@ -89,7 +90,7 @@ def first_component(activation: Tensor) -> Tensor: # (N, C, h, w)
         values, u = torch.linalg.eigh(x.mT @ x)
         projection = values[:, -1:].clamp(min=0).sqrt() * u[:, :, -1]
     with_mean = (projection * mean).sum(1, keepdim=True) >= 0
-    return torch.where(with_mean, projection, -projection).unflatten(1, activation.shape[2:])
+    return (size * torch.where(with_mean, projection, -projection)).unflatten(1, activation.shape[2:])
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #97ceac70
 class EigenCAM(GradientFreeCAM):
@@ -107,13 +108,13 @@ def masked_logits(model: nn.Module,
                   activation: Tensor,  # (N, C, h, w)
                   batch_size: int      # masked images in one pass
                   ) -> Tensor:
-    "Logits of every image seen through every channel, (N, C, K), in float32."
+    "Logits of every image seen through every channel, (N, C, K), in float32 or more."
     live = activation.amax((2, 3)) > activation.amin((2, 3))
-    logits = model(torch.zeros_like(images[:1])).float().expand(*live.shape, -1).clone()
+    logits = _at_least_float32(model(torch.zeros_like(images[:1]))).expand(*live.shape, -1).clone()
     for n, k in zip(*(index.split(batch_size) for index in live.nonzero(as_tuple=True))):
         masks = F.interpolate(activation[n, k][:, None], size=images.shape[-2:], mode='bilinear', align_corners=True)
         low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-        logits[n, k] = model(images[n] * ((masks - low) / (high - low + 1e-8)).to(images.dtype)).float()
+        logits[n, k] = _at_least_float32(model(images[n] * ((masks - low) / (high - low + 1e-8)).to(images.dtype)))
     return logits
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #d42205fe
@@ -200,19 +201,19 @@ def ablated_logits(model: nn.Module,
                    name: str,          # the layer's name
                    batch_size: int     # activations in one pass of the tail
                    ) -> Tensor:
-    "Logits of every image without each channel of the layer, (N, C, K), in float32."
+    "Logits of every image without each channel of the layer, (N, C, K), in float32 or more."
     node, weight = seen.nodes[name], linear_weight(seen, name)
     if weight is not None:
-        return seen.logits.float()[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
+        return _at_least_float32(seen.logits)[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
     before, n = _finished_before(model, layer, seen.images), len(node)
     if ((tail_logits(model, before, seen.images, node) - seen.logits).abs() > 0.01 * seen.logits.abs().max()).any():
         raise ValueError(f'run again from {name!r}, the network gives other logits: is it random or stateful in eval mode?')
-    logits = seen.logits.float()[:, None].repeat(1, node.shape[1], 1)
+    logits = _at_least_float32(seen.logits)[:, None].repeat(1, node.shape[1], 1)
     live = (node != 0).any(0).flatten(1).any(1).nonzero()[:, 0]
     for channels in live.split(max(1, batch_size // n)):
         without = node.repeat(len(channels), 1, 1, 1)
         without.unflatten(0, (-1, n))[range(len(channels)), :, channels] = 0
-        ablated = tail_logits(model, before, seen.images, without).float()
+        ablated = _at_least_float32(tail_logits(model, before, seen.images, without))
         logits[:, channels] = ablated.unflatten(0, (-1, n)).transpose(0, 1)
     return logits
 
@@ -229,7 +230,7 @@ class AblationCAM(GradientFreeCAM):
 
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         logits = ablated_logits(self.model, self.layers[name], seen, name, self.batch_size)
-        y = seen.scores.float()[..., None]
+        y = _at_least_float32(seen.scores)[..., None]
         return weighted_sum((y - _channel_scores(seen, logits)) / y.abs().clamp(min=1e-12), seen.activations[name])
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #f8fef2a9

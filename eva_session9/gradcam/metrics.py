@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cam import CAM, evaluating, unwrap
+from .cam import CAM, evaluating, find_layers, target_classes, unwrap
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #e91a11f3
 def ranks(maps: Tensor,     # (N, H, W)
@@ -52,9 +52,10 @@ def confidence(model: nn.Module,
     if not isinstance(target, Tensor) or target.shape != images.shape[:1]:
         found = tuple(target.shape) if isinstance(target, Tensor) else target
         raise ValueError(f'target: found {found} for {len(images)} images, expected a tensor ({len(images)},)')
+    if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module  # which would wait for the other processes
     device = next(model.parameters(), images).device
     with evaluating(model): logits = model(images.to(device))
-    return logits.float().softmax(1).gather(1, target[:, None].to(device))[:, 0]
+    return logits.float().softmax(1).gather(1, target_classes(target, logits)[:, None])[:, 0]
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #a9432a86
 def replacing(model: nn.Module,
@@ -66,11 +67,16 @@ def replacing(model: nn.Module,
               seed: int = 0     # of the order of equal pixels
               ) -> Tensor:
     "The confidence in the class after 0, 1, ... `steps` portions of pixels, (N, steps + 1)."
-    if maps.shape != (len(start), *start.shape[-2:]):
-        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(start.shape)}, expected one value a pixel')
-    place, pixels = ranks(maps.to(start.device), seed)[:, None], maps[0].numel()
+    place, pixels = ranks(_fitting(maps, start), seed)[:, None], maps[0].numel()
     counts = [round(step * pixels / steps) for step in range(steps + 1)]
     return torch.stack([confidence(model, torch.where(place < k, end, start), target) for k in counts], 1)
+
+def _fitting(maps, images):
+    "The maps on the device of the images, if they fit them."
+    if maps.shape != (len(images), *images.shape[-2:]):
+        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(images.shape)}, expected one value a pixel')
+    if not maps.is_floating_point(): raise ValueError(f'maps: found {maps.dtype}, expected floats')
+    return maps.to(images.device)
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #72eb524e
 def deletion(model: nn.Module,
@@ -116,7 +122,7 @@ def blurred(images: Tensor, # (N, C, H, W)
 def conjugate_gradient(multiply,                 # a linear map of (N, C, H, W), symmetric and positive definite in each plane
                        b: Tensor,                # right-hand sides, (N, C, H, W)
                        tolerance: float = 1e-5,  # largest residual, as a share of `b`
-                       steps: int = 1000         # before it gives up with `ArithmeticError`
+                       steps: int = 10_000       # before it gives up with `ArithmeticError`
                        ) -> Tensor:
     "Solve `multiply(x) = b` in each plane (Hestenes and Stiefel 1952)."
     def squared(x): return (x * x).sum((-2, -1), keepdim=True)
@@ -168,7 +174,8 @@ def road(model: nn.Module,
          seed: int = 0                             # of the noise, and of the order of equal pixels
          ) -> Tensor:
     "The confidence with each share of pixels removed and filled in, (N, F) (Rong et al. 2022). For the smallest first, negate the maps."
-    place, pixels = ranks(maps.to(images.device), seed), maps[0].numel()
+    if not all(0 <= f < 1 for f in fractions): raise ValueError(f'fractions: found {fractions}, expected shares of pixels from 0 to below 1')
+    place, pixels = ranks(_fitting(maps, images), seed), maps[0].numel()
     return torch.stack([confidence(model, fill_in(images, place < round(f * pixels), seed=seed), target) for f in fractions], 1)
 
 def road_score(model: nn.Module,
@@ -179,6 +186,7 @@ def road_score(model: nn.Module,
                seed: int = 0                            # of the noise, and of the order of equal pixels
                ) -> Tensor:
     "Half of what removing the smallest pixels keeps beyond removing the largest, (N,): higher is better, 0 for a random map."
+    maps = _fitting(maps, images)
     smallest, largest = (road(model, images, signed, target, fractions, seed) for signed in (-maps, maps))
     return (smallest - largest).mean(1) / 2
 
@@ -192,16 +200,22 @@ def confidence_drop(model: nn.Module,
 
     Chattopadhay et al. 2018, section 4.1: lower, and more often, is better. A map of ones has a drop of 0: report it beside."""
     if not (maps.min() >= 0 and maps.max() <= 1): raise ValueError(f'maps: found {maps.min():.3g} to {maps.max():.3g}, expected 0 to 1')
-    whole, seen = confidence(model, images, target), confidence(model, images * maps[:, None].to(images.device), target)
-    return (whole - seen).clamp(min=0) / whole, seen > whole
+    whole, seen = (confidence(model, shown, target) for shown in (images, images * _fitting(maps, images)[:, None].to(images.dtype)))
+    return (whole - seen).clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny), seen > whole
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #6c694814
 def pointing(maps: Tensor,   # (N, H, W)
              masks: Tensor,  # bool (N, H, W)
              seed: int = 0   # of the choice among equal pixels
              ) -> Tensor:
-    "Is the largest pixel of each map in its mask? Bool (N,); an empty map points at random."
-    return masks.to(maps.device)[ranks(maps, seed) == 0]
+    "Is the largest pixel of each map in its mask? Bool (N,). Of equal ones the seed chooses, for all maps alike."
+    return _same_size(masks, maps)[ranks(maps, seed) == 0]
+
+def _same_size(masks, maps):
+    "The masks on the device of the maps, if they fit them."
+    if masks.dtype != torch.bool or masks.shape != maps.shape:
+        raise ValueError(f'masks: found {masks.dtype} {tuple(masks.shape)}, expected torch.bool {tuple(maps.shape)}')
+    return masks.to(maps.device)
 
 def energy_in(maps: Tensor,   # (N, H, W), not negative
               masks: Tensor   # bool (N, H, W)
@@ -210,16 +224,16 @@ def energy_in(maps: Tensor,   # (N, H, W), not negative
     if not maps.min() >= 0: raise ValueError(f'maps: found {maps.min():.3g}, expected no negative value: take `Heatmaps.maps`')
     empty = maps.flatten(1).amax(1) == 0
     maps = torch.where(empty[:, None, None], 1, maps)
-    return (maps * masks.to(maps.device)).sum((1, 2)) / maps.sum((1, 2))
+    return (maps * _same_size(masks, maps)).sum((1, 2)) / maps.sum((1, 2))
 
 def matched_iou(maps: Tensor,   # (N, H, W)
                 masks: Tensor,  # bool (N, H, W)
                 seed: int = 0   # of the choice among equal pixels
                 ) -> Tensor:
-    "Intersection over union of each mask and as many of the largest pixels of its map, (N,)."
-    masks = masks.to(maps.device)
+    "Intersection over union of each mask and as many of the largest pixels of its map, (N,); 0 for an empty mask."
+    masks = _same_size(masks, maps)
     chosen = ranks(maps, seed) < masks.sum((1, 2))[:, None, None]
-    return (chosen & masks).sum((1, 2)) / (chosen | masks).sum((1, 2))
+    return (chosen & masks).sum((1, 2)) / (chosen | masks).sum((1, 2)).clamp(min=1)
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #22c32a2f
 def oracle(masks: Tensor,           # bool (N, H, W)
@@ -251,11 +265,11 @@ def randomized(model: nn.Module,
                ) -> Iterator[tuple[str, nn.Module]]:
     "Each stage's name, with a copy of the network in which it and all before it in `stages` have new weights (Adebayo et al. 2018)."
     changed = copy.deepcopy(unwrap(model)).eval()
-    for i, name in enumerate(stages):
+    for i, (name, stage) in enumerate(find_layers(changed, stages).items()):
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed + i)
-            for module in changed.get_submodule(name).modules(): _redraw(module)
-        _estimate_statistics(changed, changed.get_submodule(name), images)
+            for module in stage.modules(): _redraw(module)
+        _estimate_statistics(changed, stage, images)
         yield name, copy.deepcopy(changed)
 
 def _redraw(module):
@@ -271,7 +285,7 @@ def _estimate_statistics(model, stage, images):
     momenta = [norm.momentum for norm in norms]
     for norm in norms: norm.momentum = 1.0
     for norm in norms: norm.train()
-    model(images)
+    model(images.to(next(model.parameters(), images).device))
     for norm, momentum in zip(norms, momenta): norm.eval().momentum = momentum
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #320d3613
@@ -299,12 +313,12 @@ def logit_similarity(cam: CAM,        # a method with its model and layers
                      seed: int = 0    # of the other class
                      ) -> dict[str, Tensor]:
     "Layer -> rank correlation of the maps of the predicted and of another class, (N,): 1 means that the class does not matter."
-    heatmaps = cam(images, 'all')
-    n, k = heatmaps.logits.shape
-    predicted = heatmaps.logits.argmax(1)
-    steps = torch.randint(1, k, (n,), generator=torch.Generator().manual_seed(seed)).to(predicted)
-    other, index = (predicted + steps) % k, torch.arange(n, device=predicted.device)
-    return {name: spearman(raw[index, predicted], raw[index, other]) for name, raw in heatmaps.raw.items()}
+    predicted = cam(images)
+    n, k = predicted.logits.shape
+    if k < 2: raise ValueError('the model has one class, so there is no other to compare with')
+    steps = torch.randint(1, k, (n,), generator=torch.Generator().manual_seed(seed)).to(predicted.target)
+    other = cam(images, (predicted.target + steps) % k)
+    return {name: spearman(raw, other.raw[name]) for name, raw in predicted.raw.items()}
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #249de681
 def bootstrap(values: Tensor,       # one for each image, (N,)
@@ -313,6 +327,8 @@ def bootstrap(values: Tensor,       # one for each image, (N,)
               seed: int = 0         # of the samples
               ) -> tuple[float, float, float]:
     "The mean, and the lower and upper end of its percentile interval."
+    if values.ndim != 1 or not 0 < level < 1:
+        raise ValueError(f'bootstrap: found values {tuple(values.shape)} and level {level}, expected (N,) and 0 to 1')
     values = values.cpu().double()
     index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     ends = values[index].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
