@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
 from .engine import Evaluation, forward
 from .gradcam import METHODS, Heatmaps, Status
-from .gradcam.cam import CAM, ForwardPass, _eager, evaluating, gradients, unwrap
+from .gradcam.cam import CAM, ForwardPass, _eager, _misshapen, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
 from .visual import overlay
@@ -132,7 +132,7 @@ def probe(model: nn.Module, # an image classifier
     network, stages = unwrap(model), {}
     def note(name, module, inputs, output):
         grid = isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1
-        if grid: stages[output.shape[2:]] = name, tuple(output.shape[1:])
+        if grid and not _misshapen(output.shape[2:], x.shape[2:]): stages[output.shape[2:]] = name, tuple(output.shape[1:])
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
     try:
         with evaluating(network), _eager(), torch.inference_mode(): logits = network(x)
@@ -431,11 +431,16 @@ def layer_picture(view: View,
     faded, size = png(255 - (255 - picked.pixels) // 4), picked.pixels.shape[:2]
     if isinstance(made, str): return faded, f'{name}\n{made}'
     raw = made.raw[name][0]
-    raw = raw[picked.predicted] - raw[picked.true] if view.difference else raw[explained_class(view, picked)]
+    raw = _contrast(raw, picked, view.method, made.logits[0]) if view.difference else raw[explained_class(view, picked)]
     caption, drawable = map_caption(name, raw, view.difference)
     if not drawable: return faded, caption
     draw, cmap = (signed_heat, 'RdBu_r') if view.difference else (heat, view.cmap)
     return png(overlay(picked.pixels, draw(raw, size, view.cells).clamp(0, 1), view.alpha, cmap)), caption
+
+def _contrast(raw, picked, method, logits):
+    "The map of the predicted class less that of the true one. AblationCAM divides each by its own score, which is undone."
+    if method == 'AblationCAM': raw = raw * logits.abs()[:, None, None]
+    return raw[picked.predicted] - raw[picked.true]
 
 # %% ../nbs/10_panel.ipynb #6310bc38
 class Explorer:
@@ -476,7 +481,7 @@ class Explorer:
 # %% ../nbs/10_panel.ipynb #76ab4faf
 def _statistics(model, mean, std):
     "Mean and std as given, or as the model's card has them."
-    card = getattr(unwrap(model), 'card', {})
+    card = getattr(unwrap(model), 'card', None) or {}
     mean, std = card.get('mean') if mean is None else mean, card.get('std') if std is None else std
     if mean is None or std is None:
         raise ValueError('the model has no card with mean and std; pass those it was trained with, for example: '

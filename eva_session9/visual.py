@@ -52,13 +52,13 @@ _BLUE, _VERMILLION, _GREEN, _GREY = '#0072B2', '#D55E00', '#009E73', '#6E6E6E'  
 def _picture(title, width, height, layout='compressed'):
     "An empty page of this size, in inches, with its title."
     picture = Picture((width, height), dpi=90, layout=layout)
-    picture.suptitle(title, fontsize=10)
+    picture.suptitle(title, fontsize=10, parse_math=False)
     return picture
 
 def _image_axes(axes, image, label=''):
     "An image with its label above it, pixel by pixel and without a frame."
     axes.imshow(image, interpolation='nearest')
-    axes.set_title(label, fontsize=8, pad=3)
+    axes.set_title(label, fontsize=8, pad=3, parse_math=False)  # a dollar sign in a name is one
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
@@ -199,8 +199,8 @@ def plot_confusion(evaluation: Evaluation, # of N images
         axes.text(column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=8,
                   color='white' if shares[row, column] > 0.55 else 'black')
     if readable:
-        axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8)
-        axes.set_yticks(range(k), classes, fontsize=8)
+        axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
+        axes.set_yticks(range(k), classes, fontsize=8, parse_math=False)
     axes.set_xlabel('predicted', fontsize=9)
     axes.set_ylabel('true', fontsize=9)
     return picture
@@ -238,22 +238,29 @@ def plot_heatmaps(images: np.ndarray,                # uint8 (N, H, W, 3), those
                  ) -> Picture:
     "A row for each image: the image, then its heatmap at every layer, or why there is none."
     maps, layers = heatmaps.maps, heatmaps.layers
-    expected = (len(images), len(layers), *images.shape[1:3])
-    if maps.shape != expected:
-        raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, '
-                         f"expected {expected}; of target='all' choose one class, as `heatmaps.of(0)` does")
-    picture = _picture(title, 1.15 * (1 + len(layers)) + (1.1 if labels else 0), 1.15 * len(images) + 0.7)
+    _check_rows(images, maps, labels)
+    picture = _picture(title, 1.15 * (1 + len(layers)) + (1.1 if len(labels) else 0), 1.15 * len(images) + 0.7)
     grid = picture.subplots(len(images), 1 + len(layers), squeeze=False)
     for row, image, image_maps, status in zip(grid, images, maps, heatmaps.status):
         _image_axes(row[0], image)
         for axes, heatmap, code in zip(row[1:], image_maps, status):
             _heatmap_axes(axes, image, heatmap, Status(code.item()), alpha, cmap)
-    for axes, label in zip(grid[:, 0], labels): axes.set_ylabel(label, fontsize=8, rotation=0, ha='right', va='center')
+    for axes, label in zip(grid[:, 0], labels): axes.set_ylabel(label, fontsize=8, rotation=0, ha='right', va='center', parse_math=False)
     titles = ['image', *(f'{name}\n{h} x {w} cells' for name, (h, w) in heatmaps.grid.items())]
     for axes, text in zip(grid[0], titles): axes.set_title(text, fontsize=8)
     return picture
 
 # %% ../nbs/09_visual.ipynb #d09e5897
+def _check_rows(images, maps, labels):
+    "Raise unless a row can be drawn for each image."
+    n, across = len(images), maps.shape[1] + 1
+    expected = (n, maps.shape[1], *images.shape[1:3])
+    if maps.shape != expected:
+        raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, '
+                         f"expected {expected}; of target='all' choose one class, as `heatmaps.of(0)` does")
+    if len(labels) not in (0, n): raise ValueError(f'plot_heatmaps: found {len(labels)} labels for {n} images')
+    if n * across > 256: raise ValueError(f'plot_heatmaps: {n:,} images do not fit one figure; explain at most {256 // across} at a time')
+
 def _heatmap_axes(axes, image, heatmap, status, alpha, cmap):
     "The heatmap over its image; or, where there is none to show, the faded image with the reason."
     if status == Status.OK: return _image_axes(axes, overlay(image, heatmap, alpha, cmap))
@@ -307,7 +314,7 @@ def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> at mos
         rows, mean, low, high = np.array([(row, *values[name]) for row, values in enumerate(found.values()) if name in values]).T
         axes.errorbar(mean, rows + 0.2 * (i - (len(series) - 1) / 2), xerr=(mean - low, high - mean), fmt=mark, color=colour,
                       markersize=3.5, linewidth=1.2, label=name)
-    axes.set_yticks(range(len(found)), found, fontsize=8)
+    axes.set_yticks(range(len(found)), found, fontsize=8, parse_math=False)
     axes.set_ylim(len(found) - 0.5, -0.5)
     if len(series) > 1: axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return picture
