@@ -67,10 +67,13 @@ def forward(model: nn.Module, # any classifier
             x: Tensor,        # images, float (B, 3, H, W)
             precision: str    # 'fp32' or 'bf16'
            ) -> Tensor:       # logits, float32 (B, K)
-    "The model's logits; 'bf16' means bfloat16 autocast with channels last. Another precision raises `ValueError`."
+    "The model's logits; 'bf16' means bfloat16 autocast with channels last. Another precision, and a model that gives anything else, raise `ValueError`."
     if precision not in ('fp32', 'bf16'): raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16', as `History.precision` has it")
     if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): return model(x).float()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): logits = model(x)
+    if isinstance(logits, Tensor) and logits.ndim == 2: return logits.float()
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    raise ValueError(f'the model gives {found}, expected logits (B, K)')
 
 # %% ../nbs/06_engine.ipynb #ecf84911
 class Scores(NamedTuple):
@@ -85,12 +88,12 @@ def train(model: nn.Module,                 # on its device; put into train mode
           label: str = 'train',             # of the progress bar
           step: Callable = train_step       # what to do with a batch; called and answers as `train_step` does
          ) -> Scores:
-    "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try."
+    "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try; a batch of another form raises `TypeError`."
     device = next(model.parameters()).device
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for i, (x, y) in enumerate(progress := tqdm(batches, label, leave=False)):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    for i, batch in enumerate(progress := tqdm(batches, label, leave=False)):
+        x, y = _pair(batch, device)
         try: batch_loss, logits = step(model, x, y, optimizer, precision)
         except FloatingPointError as error: raise FloatingPointError(_where(error, batches, i)) from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
@@ -103,6 +106,15 @@ def train(model: nn.Module,                 # on its device; put into train mode
 
 # %% ../nbs/06_engine.ipynb #d7ab70c0
 _NO_BATCHES = 'there are no batches to train on; the set is empty, or smaller than one batch with drop_last'
+
+def _pair(batch, device):
+    "The images and labels of a batch on the device, or an error that says what the batch holds."
+    parts = batch if isinstance(batch, list | tuple) else [batch]
+    if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
+        x, y = (part.to(device, non_blocking=True) for part in parts)
+        if x.is_floating_point() and y.dtype == torch.int64 and y.shape == x.shape[:1]: return x, y
+    found = ' and '.join(f'{part.dtype} {tuple(part.shape)}' if isinstance(part, Tensor) else type(part).__name__ for part in parts)
+    raise TypeError(f'batches: found {found}, expected two tensors a batch: images, float (B, 3, H, W), and labels, int64 (B,)')
 
 def _where(error, batches, step):
     "The error's message with the step, and the images of its batch where the loader knows them."
@@ -160,8 +172,9 @@ def test(model: nn.Module,        # on its device; its train flags are restored
     try:
         model.eval()
         with torch.inference_mode():
-            for x, y in tqdm(batches, 'test', leave=False):
-                try: logits.append(forward(model, x.to(device, non_blocking=True), precision).cpu())
+            for batch in tqdm(batches, 'test', leave=False):
+                x, y = _pair(batch, device)
+                try: logits.append(forward(model, x, precision).cpu())
                 except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
                 labels.append(y.cpu())
     finally:
@@ -541,7 +554,7 @@ def _settled(precision, model, batches, device):
     "The precision itself, or for 'auto' the faster one on the first batch."
     if precision != 'auto': return precision
     enough = 32 if device.type == 'cpu' else None  # images; fewer than a whole batch say nothing of a GPU
-    x, y = (part[:enough].to(device) for part in next(iter(batches)))
+    x, y = (part[:enough] for part in _pair(next(iter(batches)), device))
     try: return faster_precision(model, x, y)
     except FloatingPointError as error: raise FloatingPointError(_where(error, batches, 0)) from error
     except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error

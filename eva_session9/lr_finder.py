@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
+from .engine import _pair, _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
 from .save_load import write_atomically
 
 # %% ../nbs/07_lr_finder.ipynb #5befc707
@@ -206,9 +206,10 @@ def _sweep(curve, model, optimizer, batches, lrs, device, config):
     "Fill `curve` with a step at each of `lrs`; parameter groups keep their ratios to the first. Says why it stopped."
     base = [float(group.get('initial_lr', group['lr'])) for group in optimizer.param_groups]
     if base[0] == 0: raise ValueError('the first parameter group has learning rate 0, so there is no ratio to it; put another group first')
-    for lr, (x, y) in zip(tqdm(lrs, 'find_lr', leave=False), batches):
+    for lr, batch in zip(tqdm(lrs, 'find_lr', leave=False), batches):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
-        x, y = _resized(x.to(device), config.size(0)), y.to(device)
+        x, y = _pair(batch, device)
+        x = _resized(x, config.size(0))
         try: loss, _ = train_step(model, x, y, optimizer, curve.precision, config.label_smoothing)
         except FloatingPointError as error:
             if curve.lrs: return 'not finite'

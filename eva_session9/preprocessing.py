@@ -57,6 +57,7 @@ def train_transforms(mean: tuple[float, ...],  # of each channel, in [0, 1] unit
                      size: int | None = None   # pixels a side of the images; needed by a recipe with a crop
                     ) -> A.Compose:
     "Rotate, HorizontalFlip, Cutout, Normalize, ToTensorV2 by the course's recipe; a crop and an alternating flip by others."
+    if size is not None and config.cutout > size: raise ValueError(f'Config.cutout: found {config.cutout}, expected at most {size}, the pixels a side')
     fill = tuple(round(255 * m) for m in mean)
     rotate = A.Rotate(limit=(-config.rotate, config.rotate), border_mode=cv2.BORDER_REFLECT_101, p=config.rotate_p)
     cutout = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(config.cutout,) * 2,

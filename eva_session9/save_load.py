@@ -97,6 +97,7 @@ def pretrained(num_classes: int | None = None # of your own: the last layer is t
     "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card says how, and how well it does on the test set."
     model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
     if num_classes is not None:
+        if not isinstance(num_classes, int) or num_classes < 1: raise ValueError(f'num_classes: found {num_classes!r}, expected 1 or more')
         model.fc = nn.Linear(model.fc.in_features, num_classes)
         del model.card
     return model
