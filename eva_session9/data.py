@@ -178,6 +178,8 @@ def _class_files(folder):
     if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folders, expected two or more')
     empty = [name for name in files if not files[name]]
     if empty: raise ValueError(f'{folder}: no images of {empty}; add some or remove the folders')
+    nested = [p for inside in files.values() for p in inside if p.is_dir()]
+    if nested: raise ValueError(f'{nested[0]}: is a folder in a class folder, expected images; move its images up')
     return files
 
 def _visible(folder): return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
