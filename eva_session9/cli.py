@@ -49,6 +49,7 @@ def _config(name, epochs=None):
     elif not name.endswith('.json'): raise ValueError(f"--config: found {name!r}, expected one of {', '.join(named)}, or a .json file of fields")
     else:
         try: config = config_from(json.loads(Path(name).read_text()))
+        except FileNotFoundError as error: raise ValueError(f'--config {name}: no such file') from error
         except (ValueError, TypeError, AttributeError) as error: raise ValueError(f'--config {name}: {error}') from error
     return config if epochs is None else replace(config, epochs=epochs)
 
