@@ -143,12 +143,13 @@ def main():
     for seed in range(42, 42 + args.seeds):
         runs.append(one_run(replace(config, seed=seed), *sets, args.keep, command(args)))
         ways = {way: summary([run['accuracy'][way] for run in runs]) for way in runs[0]['accuracy']}
+        so_far = argparse.Namespace(**{**vars(args), 'seeds': len(runs)})
         result = {**ways.pop('plain'), 'test_time_augmentation': ways, 'tested_on': len(sets[1]), 'held_out': bool(args.hold_out),
                   'seconds_a_run': round(statistics.median(run['seconds'] for run in runs), 2), 'seconds_to_start': round(waited, 2),
                   'seconds_to_accuracy': round(statistics.median(waited + run['seconds'] + run['seconds_to_test'] for run in runs), 2),
                   'config': asdict(config), 'runs': runs,
                   'hardware': ' and '.join(sorted({run['hardware'] for run in runs})), 'versions': versions(),
-                  'seconds': round(sum(run['seconds'] + run['seconds_to_test'] for run in runs), 1), 'command': command(args)}
+                  'seconds': round(sum(run['seconds'] + run['seconds_to_test'] for run in runs), 1), 'command': command(so_far)}
         if args.out: write_atomically(unfinished(args.out), json.dumps(result, indent=1).encode() + b'\n')
         print(seed, runs[-1]['accuracy'], f"{runs[-1]['seconds']} s", flush=True)
     if args.out: unfinished(args.out).replace(args.out)

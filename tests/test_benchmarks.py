@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 from ablate import COURSE, WHOLE, asked_for, compared, halved, variants
 from cam_study import keep
+import reproduce
 from reproduce import changed, held_out, looks, summary
 
 
@@ -49,6 +50,18 @@ def test_differences_come_with_the_spread_of_all_and_hold_together():
     assert found['x']['half_width'] == pytest.approx(4.1765 * 0.0002**0.5, abs=1e-4)  # t at 0.05 / 2 for two differences, 3 degrees
     diverged = compared({WHOLE: [{'accuracy': 0.9}], 'x': [{'accuracy': None}]})
     assert diverged['always_diverged'] == ['x'] and 'half_width' not in diverged['variants'][WHOLE]
+
+
+def test_a_series_that_is_cut_keeps_its_seeds_and_the_command_that_repeats_them(tmp_path, monkeypatch):
+    def one_run(config, *_):
+        if config.seed == 44: raise KeyboardInterrupt
+        return {'accuracy': {'plain': 0.5}, 'seconds': 1.0, 'seconds_to_test': 0.1, 'hardware': 'none'}
+    monkeypatch.setattr(reproduce, 'one_run', one_run)
+    monkeypatch.setattr(sys, 'argv', f'reproduce.py --data shapes --limit 20 --seeds 5 --out {tmp_path}/seeds.json'.split())
+    with pytest.raises(KeyboardInterrupt): reproduce.main()
+    part, = tmp_path.iterdir()
+    kept = json.loads(part.read_text())
+    assert part.name == 'seeds.json.part' and kept['n'] == len(kept['runs']) == 2 and '--seeds 2' in kept['command']
 
 
 def test_each_variant_changes_one_part():
