@@ -246,16 +246,21 @@ def _explain_images(model, files, pictures, method, layers, out):
     "Contact sheets and the numbers of the images."
     from tqdm.auto import tqdm
     from eva_session9.visual import plot_heatmaps
-    found = []
-    for start in tqdm(range(0, len(files), 20), 'sheets', disable=len(files) <= 20):
-        chosen = slice(start, start + 20)
+    found, rows = [], _rows(20, method, layers)
+    for start in tqdm(range(0, len(files), rows), 'sheets', disable=len(files) <= rows):
+        chosen = slice(start, start + rows)
         heatmaps = _heatmaps(model, pictures[chosen], method, layers)
         sheet = _describe([str(file) for file in files[chosen]], heatmaps, model.card['classes'])
         labels = [f"{Path(entry['image']).name}\n{entry['predicted']} {entry['probability']:.0%}" for entry in sheet]
-        name = 'heatmaps' if not start else f'heatmaps-{start // 20 + 1}'
+        name = 'heatmaps' if not start else f'heatmaps-{start // rows + 1}'
         _draw([(name, plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class'))], out)
         found += sheet
     _write_numbers(found, out)
+
+def _rows(most, method, layers):
+    "How many images fit one figure with a map of each by every method at every layer; `most` if it can be."
+    from eva_session9.visual import MAX_TILES
+    return max(1, min(most, MAX_TILES // (1 + len(method.split(',')) * len(layers.split(',')))))
 
 def _explain_mistakes(model, images, method, layers, out):
     "The eight most confident mistakes on `images`, or where there are none the least confident answers."
@@ -269,7 +274,7 @@ def _explain_mistakes(model, images, method, layers, out):
     mistakes = evaluation.misclassified
     print(f'{len(mistakes)} of {len(images)} test images are misclassified', file=sys.stderr)
     title = 'The most confident mistakes' if len(mistakes) else 'No mistakes: the least confident answers'
-    chosen = (mistakes if len(mistakes) else evaluation.confidence.argsort())[:8]
+    chosen = (mistakes if len(mistakes) else evaluation.confidence.argsort())[:_rows(8, method, layers)]
     heatmaps = _heatmaps(model, images.images[chosen.numpy()], method, layers)
     found = _describe([f'test image {i}' for i in chosen.tolist()], heatmaps, images.classes)
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]

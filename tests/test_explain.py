@@ -93,6 +93,15 @@ def test_a_folder_with_many_becomes_several_sheets(tmp_path):
     assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-2.png', 'heatmaps.png']
 
 
+def test_a_sheet_of_many_methods_and_layers_has_fewer_rows(tmp_path):
+    methods, layers = ','.join(['GradCAM', 'HiResCAM', 'XGradCAM']), ','.join(f'layer{i}.{j}.conv{k}' for i in (2, 3, 4) for j in (0, 1) for k in (1, 2))
+    with Image.open(PHOTOGRAPH) as photograph:
+        for i in range(11): photograph.resize((40, 40)).save(tmp_path / f'{i:02}.png')
+    assert not eva9_explain(str(tmp_path), method=methods, layers=layers, out=str(tmp_path / 'out'))
+    assert len(explained(tmp_path / 'out')) == 11  # 36 maps an image, so ten images a figure
+    assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-2.png', 'heatmaps.png']
+
+
 @pytest.mark.parametrize('flags, said', [
     ({'method': 'GradCam'}, "found 'GradCam', expected one of CAM, GradCAM"),
     ({'layers': 'layer9'}, "no layer 'layer9'; close to it: layer"),
