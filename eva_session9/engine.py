@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from operator import length_hint
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
@@ -93,7 +94,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
     device = next(model.parameters()).device
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for i, batch in enumerate(progress := tqdm(batches, label, leave=False)):
+    for i, batch in enumerate(progress := _begun(batches, label)):
         x, y = _pair(batch, device)
         try: batch_loss, logits = step(model, x, y, optimizer, precision)
         except FloatingPointError as error: raise FloatingPointError(_where(error, batches, i)) from error
@@ -107,6 +108,10 @@ def train(model: nn.Module,                 # on its device; put into train mode
 
 # %% ../nbs/06_engine.ipynb #d7ab70c0
 _NO_BATCHES = 'there are no batches to train on; the set is empty, or smaller than one batch with drop_last'
+
+def _begun(batches, label):
+    "One pass over the batches with a progress bar. Begun here, since `tqdm.auto` would begin it twice, workers included."
+    return tqdm(iter(batches), label, length_hint(batches) or None, leave=False)
 
 def _pair(batch, device):
     "The images and labels of a batch on the device, or an error that says what the batch holds."
@@ -173,7 +178,7 @@ def test(model: nn.Module,        # on its device; its train flags are restored
     try:
         model.eval()
         with torch.inference_mode():
-            for batch in tqdm(batches, 'test', leave=False):
+            for batch in _begun(batches, 'test'):
                 x, y = _pair(batch, device)
                 try: logits.append(forward(model, x, precision).cpu())
                 except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
@@ -538,7 +543,7 @@ def _check_batches(batches, config):
 def _check_classes(model, batches):
     "Raise for labels that the model has no output for: on a GPU, they would end the process's work there."
     images = getattr(getattr(batches, 'dataset', None), 'images', None)
-    if images is None: return
+    if not isinstance(images, ImageSet): return
     x, y = batches.dataset[0, 0]
     n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
     if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
@@ -582,11 +587,11 @@ def _start(model, batches, config, device, out, resume):
     return history, state
 
 def _restore(parts, state, out):
-    "Put what a run changes to where the checkpoint has it."
-    try:
-        for name, part in parts.items(): part.load_state_dict(state[name])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with') from error
+    "Put what a run changes to where the checkpoint has it; a network that does not fit stays as it is."
+    shapes = [{name: value.shape for name, value in values.items()} for values in (parts['model'].state_dict(), state['model'])]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with')
+    for name, part in parts.items(): part.load_state_dict(state[name])
     set_rng_state(state['rng'])
 
 # %% ../nbs/06_engine.ipynb #131ff0f5
