@@ -58,12 +58,15 @@ def _sets(data, root=None, limit=None, size=32):
     "The training and the test set called `data`, at most `limit` images of each, a folder's at `size` pixels a side."
     import numpy as np
     from eva_session9.data import cifar10, image_folder, shapes
-    if limit is not None and limit < 1: raise ValueError(f'--limit: found {limit}, expected at least 1')
+    _check_limit(limit)
     if data == 'shapes': return shapes(limit or 4000, seed=0), shapes(min(limit or 1000, 1000), seed=1)
     if data == 'cifar10': sets = cifar10(root)
     elif Path(data).is_dir(): sets = image_folder(data, size)
     else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
+
+def _check_limit(limit):
+    if limit is not None and limit < 1: raise ValueError(f'--limit: found {limit}, expected at least 1')
 
 # %% ../nbs/11_cli.ipynb #fb509dbb
 def _draw(figures, out):
@@ -149,6 +152,8 @@ def eva9_find_lr(
     data: str = 'shapes',      # 'cifar10', 'shapes', or a folder of images
     root: str = None,          # folder of the CIFAR-10 files; your cache folder if not given
     config: str = 'session9',  # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
+    start: float = 1e-5,       # first learning rate
+    end: float = 1.0,          # last learning rate
     steps: int = 100,          # training steps of the sweep
     limit: int = None,         # use a sample of so many training images
     out: str = 'eva9-find-lr', # folder for the curve and the numbers
@@ -157,17 +162,19 @@ def eva9_find_lr(
     with _one_line_errors('eva9_find_lr'):
         from dataclasses import asdict, replace
         from eva_session9.config import seed_everything
+        from eva_session9.engine import _check_writable
         from eva_session9.lr_finder import find_lr
         from eva_session9.models.resnet import make_model
         from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import write_atomically
         from eva_session9.visual import plot_lr
         recipe, sets, out = _config(config), _sets(data, root, limit), Path(out)
-        out.mkdir(parents=True, exist_ok=True)
+        _check_writable(out)
+        (out / 'recipe.json').unlink(missing_ok=True)  # of an earlier sweep, should this one suggest nothing
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
-        curve = find_lr(model, recipe_batches(recipe, *sets)[0], recipe, steps=steps)
-        record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, steps=steps, limit=limit)}
+        curve = find_lr(model, recipe_batches(recipe, *sets)[0], recipe, start=start, end=end, steps=steps)
+        record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, start=start, end=end, steps=steps, limit=limit)}
         write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
         _draw([('find_lr', plot_lr(curve))], out)
         found = replace(recipe, lr=curve.lr, muon_lr=recipe.muon_lr * curve.lr / recipe.lr)  # swept together
@@ -321,6 +328,7 @@ def eva9_panel(
     "Open the heatmap panel as a web page; Ctrl-C ends it."
     with _one_line_errors('eva9_panel'):
         import tempfile
+        _check_limit(limit)
         if root and not data and not weights: data = 'cifar10'
         data, weights = _panel_source(data, weights)
         server, port = _server(not no_browser), _free_port(port)

@@ -104,7 +104,8 @@ def _check_together(config):
     if config.nesterov and not config.momentum: raise ValueError("Config.nesterov: found momentum 0, expected more for Nesterov's form of it")
 
 # %% ../nbs/00_config.ipynb #54b88bd3
-def config_from(values: dict) -> Config: # field name -> value, as `dataclasses.asdict` gives them
+def config_from(values: dict # field name -> value, as `dataclasses.asdict` gives them
+               ) -> Config:
     "The `Config` with these values. A name that is no field raises `ValueError` and names the closest one, what is no dictionary `TypeError`."
     if not isinstance(values, dict): raise TypeError(f'found {type(values).__name__}, expected an object of field names and values')
     names = [f.name for f in fields(Config)]
@@ -138,7 +139,8 @@ def set_rng_state(state: dict): # from `rng_state`
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'][:torch.cuda.device_count()])
 
 # %% ../nbs/00_config.ipynb #f3948162
-def pick_device(name: str = 'auto') -> torch.device: # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+def pick_device(name: str = 'auto' # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+               ) -> torch.device:
     "The device called `name`. One that this machine lacks raises `ValueError`."
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: device = torch.device(name)
@@ -148,7 +150,8 @@ def pick_device(name: str = 'auto') -> torch.device: # 'auto', 'cpu', 'cuda', 'c
     return device
 
 # %% ../nbs/00_config.ipynb #e014b6ef
-def hardware(device: torch.device) -> str: # the device that did the work
+def hardware(device: torch.device # the device that did the work
+            ) -> str:
     "What did the work, in words: the GPU's name, or the CPU's with its threads and vector units."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     if device.type != 'cpu': return f'{device.type} of {platform.platform()}'

@@ -35,7 +35,8 @@ class ImageSet:
 
     def __len__(self): return len(self.images)
 
-    def subset(self, indices) -> 'ImageSet': # anything that indexes a NumPy array
+    def subset(self, indices # anything that indexes a NumPy array
+              ) -> 'ImageSet':
         "The images at `indices`, in that order."
         if not isinstance(indices, slice): indices = np.asarray(indices)
         masks = None if self.masks is None else self.masks[indices]
@@ -59,6 +60,8 @@ class ImageSet:
 # %% ../nbs/01_data.ipynb #7ff5c9fd
 def _check_set(s):
     "Raise `ValueError` unless the arrays of `s` fit each other."
+    for name in ('images', 'labels'):
+        if not isinstance(found := getattr(s, name), np.ndarray): raise ValueError(f'ImageSet: {name}: found {type(found).__name__}, expected a NumPy array')
     problems = [
         (s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3,
          f'images: found {s.images.dtype} {s.images.shape}, expected uint8 (N, H, W, 3)'),
@@ -135,7 +138,10 @@ def _upright(image):
 
 def _rgb(image):
     "The image in mode RGB, by the rules that `read_image` states."
-    if image.mode.startswith('I;16'): return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert('RGB')
+    if image.mode.startswith('I;16'):
+        values = np.asarray(image)
+        clear = values == image.info.get('transparency', -1)
+        return Image.fromarray(np.where(clear, 255, values >> 8).astype(np.uint8)).convert('RGB')
     if not image.has_transparency_data: return image.convert('RGB')
     white = Image.new('RGBA', image.size, 'white')
     return Image.alpha_composite(white, image.convert('RGBA')).convert('RGB')
@@ -156,6 +162,7 @@ def image_folder(path: str | Path, # holds `train` and `test` with class folders
 
     A file that is no image, an empty class and a class in one part only raise `ValueError`, which names them.
     Names that begin with a dot are passed over."""
+    if size < 1: raise ValueError(f'size: found {size}, expected 1 or more pixels a side')
     train, test = _parts(Path(path), seed)
     lone = sorted(train.keys() ^ test.keys())
     if lone: raise ValueError(f'{path}: expected the same classes in train and test; in one only: {lone}')

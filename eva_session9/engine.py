@@ -18,6 +18,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -27,12 +28,14 @@ from typing import Callable, Iterable, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
 from .data import ImageSet
-from .save_load import checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from .models.resnet import BasicBlock, Bottleneck
+from .save_load import CheckpointError, checkpoints, load_checkpoint, save_checkpoint, write_atomically
 
 # %% ../nbs/06_engine.ipynb #9b90e078
 def train_step(model: nn.Module,                 # in train mode
@@ -135,9 +138,13 @@ def _too_large(device, batch_size):
 # %% ../nbs/06_engine.ipynb #1fae09bc
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    "What a model said of a set; accuracy, mistakes and confusion are derived from it."
+    "What a model said of a set; accuracy, mistakes and confusion are derived from it. Labels without an output raise `ValueError`."
     logits: Tensor # float32 (N, K), on the CPU
     labels: Tensor # int64 (N,), on the CPU
+
+    def __post_init__(self):
+        least, most, k = self.labels.min().item(), self.labels.max().item(), self.logits.shape[1]
+        if least < 0 or most >= k: raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} outputs')
 
     @property
     def loss(self) -> float: return F.cross_entropy(self.logits, self.labels).item()
@@ -243,8 +250,10 @@ class History:
 
     @classmethod
     def load(cls, path: str | Path) -> 'History':
-        "The record that `save` wrote."
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        "The record that `save` wrote. Another file raises `ValueError`."
+        try: return cls.from_dict(json.loads(Path(path).read_text()))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{path}: is no record that `History.save` wrote ({error!r})') from error
 
     @classmethod
     def from_dict(cls, d: dict) -> 'History':
@@ -362,12 +371,13 @@ class Lookahead:
 # %% ../nbs/06_engine.ipynb #b5e168c8
 def zero_gamma(model: nn.Module # changed in place
               ) -> nn.Module:
-    """Set the scale of the last batch normalisation of each fresh residual block to zero.
+    """Set the scale of the last batch normalisation of each fresh `BasicBlock` and `Bottleneck` to zero. Warns where there is none.
 
     Source: [Goyal et al. 2017](https://arxiv.org/abs/1706.02677), section 5.1."""
-    for block in model.modules():
-        if not hasattr(block, 'shortcut'): continue
-        last = [layer for layer in block.children() if isinstance(layer, nn.BatchNorm2d)][-1]
+    blocks = [block for block in model.modules() if isinstance(block, BasicBlock | Bottleneck)]
+    if not blocks: warnings.warn('zero_gamma: the model has no BasicBlock or Bottleneck of this library, so nothing of it begins as the identity')
+    for block in blocks:
+        last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
         if (last.weight == 1).all(): nn.init.zeros_(last.weight)
     return model
 
@@ -455,26 +465,27 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     That holds on the same machine (with a GPU, where `torch.backends.cudnn.deterministic` is set and the recipe does not
     compile), for batches that depend on nothing but `set_epoch` and torch's global generators. A loss or weights that are not
     finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that holds a run
-    `FileExistsError` without `resume`; one that holds another run, batches of another recipe and labels beyond the model's
-    outputs `ValueError`."""
+    `FileExistsError` without `resume`, and one that another process trains in, with it too; one that holds another run, batches
+    of another recipe and labels beyond the model's outputs `ValueError`."""
+    _check_config(config)
     _check_batches(train_batches, config)
+    _check_test_batches(test_batches)
     if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
-    if isinstance(test_batches, Iterator): raise ValueError(_ONCE.format('test'))
-    if out is not None: _check_writable(Path(out))
     device = pick_device(device)
     if device.type == 'cpu': _keep_memory()
-    _check_classes(model.to(device), train_batches)
-    history, state = _start(model, train_batches, config, device, out, resume)
-    parts = _parts(prepare(model, history.precision), config, len(train_batches))
-    if state: _restore(parts, state, out)
-    network, one_step = _fastest(model, config, device)
-    step, done = partial(_step, one_step, parts, config), len(history.epochs)
-    for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
-        start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
-        scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
-        history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
-        bar.set_postfix({name: f'{value:.2%}' for name, value in scores.items() if 'accuracy' in name})
-        if out is not None: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
+    for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
+    with _alone(out):
+        history, state = _start(model, train_batches, config, device, out, resume)
+        parts = _parts(prepare(model, history.precision), config, len(train_batches))
+        if state: _restore(parts, state, out)
+        network, one_step = _fastest(model, config, device)
+        step, done = partial(_step, one_step, parts, config), len(history.epochs)
+        for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
+            start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
+            scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
+            history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
+            bar.set_postfix({name: f'{value:.2%}' for name, value in scores.items() if 'accuracy' in name})
+            if out is not None: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
     return history
 
 # %% ../nbs/06_engine.ipynb #f30e66e5
@@ -529,6 +540,15 @@ def _keep_memory():
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 # %% ../nbs/06_engine.ipynb #41038d4e
+def _check_config(config):
+    "Raise for what is no recipe."
+    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast()')
+
+def _check_test_batches(batches):
+    "Raise for what cannot be tested on epoch after epoch; none at all is fine."
+    if isinstance(batches, Iterator): raise ValueError(_ONCE.format('test'))
+    if not isinstance(batches, Iterable | None): raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
+
 def _check_batches(batches, config):
     "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
@@ -556,6 +576,18 @@ def _check_writable(out):
     write_atomically(probe, b'')
     probe.unlink()
 
+@contextmanager
+def _alone(out):
+    "Hold the folder of a run, if there is one, so that no other process trains in it meanwhile."
+    if out is None: return (yield)
+    _check_writable(Path(out))
+    lock = FileLock(Path(out) / '.lock', timeout=0)
+    try: lock.acquire()
+    except Timeout: raise FileExistsError(f'{out}: another process trains in this folder; wait for it, or choose another folder') from None
+    except NotImplementedError: pass  # a file system without locks
+    try: yield
+    finally: lock.release()
+
 def _settled(precision, model, batches, device):
     "The precision itself, or for 'auto' the faster one on the first batch."
     if precision != 'auto': return precision
@@ -580,11 +612,21 @@ def _start(model, batches, config, device, out, resume):
     if out is None or not checkpoints(out):
         return History(config, hardware(device), versions(), precision=_settled(config.precision, model, batches, device)), None
     if not resume: raise FileExistsError(f'{out} holds a run already; resume it (resume=True, --resume), or choose another folder')
-    state = load_checkpoint(out)
-    history = History.from_dict(state['history'])
+    history, state = _read_run(out)
     _same_run(history, config, state, batches, out)
     _same_machine(history, state, device)
     return history, state
+
+def _read_run(out):
+    "The record in the newest checkpoint, and the checkpoint; or an error, where this version of `fit` cannot go on with it."
+    state = load_checkpoint(out)
+    missing = [name for name in ('model', 'optimizer', 'schedule', 'rng', 'history', 'data', 'threads') if name not in state]
+    try:
+        if missing: raise ValueError(f"it lacks {', '.join(missing)}")
+        return History.from_dict(state['history']), state
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f'{out}: the newest checkpoint is not of a run that this version can go on with ({error}); resume it with '
+                              'the version that wrote it, or choose another folder') from error
 
 def _restore(parts, state, out):
     "Put what a run changes to where the checkpoint has it; a network that does not fit stays as it is."

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _pair, _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
+from .engine import _check_classes, _pair, _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
 from .save_load import write_atomically
 
 # %% ../nbs/07_lr_finder.ipynb #5befc707
@@ -58,6 +58,7 @@ class LRCurve:
     def __post_init__(self):
         if len(self.lrs) != len(self.losses):
             raise ValueError(f'LRCurve: found {len(self.lrs)} learning rates and {len(self.losses)} losses, expected as many of one as of the other')
+        if not all(map(math.isfinite, self.losses)): raise ValueError('LRCurve: found a loss that is not finite, expected a curve that ends before it')
 
 # %% ../nbs/07_lr_finder.ipynb #6afcf2bd
 _FEWEST = 10   # points that can show a fall
@@ -134,7 +135,8 @@ def to_dict(self: LRCurve) -> dict:
     return {**vars(self), 'config': config, 'suggestions': self.suggestions, 'lr': self.lr if self.suggestions else None}
 
 @patch(cls_method=True)
-def from_dict(cls: LRCurve, d: dict) -> LRCurve: # from `to_dict`
+def from_dict(cls: LRCurve, d: dict # from `to_dict`
+             ) -> LRCurve:
     "The curve that `to_dict` gave."
     config = None if d['config'] is None else config_from(d['config'])
     return cls(d['lrs'], d['losses'], d['stopped'], config, d['precision'], d['hardware'], d['versions'], d['seconds'])
@@ -145,9 +147,11 @@ def save(self: LRCurve, path: str | Path): # ends in .json
     write_atomically(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
 
 @patch(cls_method=True)
-def load(cls: LRCurve, path: str | Path) -> LRCurve: # that `save` wrote
-    "The curve in a file."
-    return cls.from_dict(json.loads(Path(path).read_text()))
+def load(cls: LRCurve, path: str | Path # that `save` wrote
+        ) -> LRCurve:
+    "The curve in a file. Another file raises `ValueError`."
+    try: return cls.from_dict(json.loads(Path(path).read_text()))
+    except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path}: is no curve that `LRCurve.save` wrote ({error!r})') from error
 
 # %% ../nbs/07_lr_finder.ipynb #c95b1cb5
 def _twins(model, optimizer, config, device):
@@ -170,7 +174,7 @@ def _undisturbed(batches):
     "Put the global generators, and where `batches` stands, back to what they were."
     with ExitStack() as undo:
         undo.callback(set_rng_state, rng_state())
-        for part in (batches, getattr(batches, 'sampler', None), getattr(batches, 'batch_sampler', None)):
+        for part in (batches, getattr(batches, 'sampler', None), inner := getattr(batches, 'batch_sampler', None), getattr(inner, 'sampler', None)):
             if not hasattr(part, '__dict__'): continue
             undo.callback(_put_back, part, dict(vars(part)))
             for value in vars(part).values():
@@ -236,10 +240,11 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
 
     Ends early where the loss diverges or is no number; where the very first one is none, raises `FloatingPointError`.
     Batches that can be read only once raise `ValueError`, those that a GPU has no room for `MemoryError`. Each of the curve's `caveats` is raised as a warning."""
-    _check(batches, start, end, steps)
+    _check(batches, config, start, end, steps)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:
         trial, twin = _twins(model, optimizer, config, device)
+        _check_classes(trial, batches)
         first = next(stream)
         try: precision = _settled(config.precision, trial, [first], device)
         except FloatingPointError as error: raise FloatingPointError(_FROM_THE_START) from error
@@ -251,8 +256,9 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     return curve
 
 # %% ../nbs/07_lr_finder.ipynb #6d6b061e
-def _check(batches, start, end, steps):
+def _check(batches, config, start, end, steps):
     "Refuse what cannot be swept."
+    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); an optimizer is passed as optimizer=')
     if not isinstance(batches, Iterable): raise TypeError(f'batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
     if isinstance(batches, Iterator):
         raise ValueError(f'batches: found a {type(batches).__name__}, which can be read only once; pass a list or a loader')

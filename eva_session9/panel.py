@@ -211,14 +211,16 @@ def explain(model: nn.Module,        # an image classifier
         return {name: explain(model, x, method, [name])[name] for name in layers}
     return {name: replace(heatmaps, raw={name: raw}) for name, raw in heatmaps.raw.items()}
 
-def takes_many_passes(method: str) -> bool: # a key of `gradcam.METHODS`
+def takes_many_passes(method: str # a key of `gradcam.METHODS`
+                     ) -> bool:
     "Does the method run the network for every channel? Such methods let one choose how many channels at a time."
     return 'batch_size' in signature(METHODS[method]).parameters
 
 # %% ../nbs/10_panel.ipynb #066591f3
 class Evidence(CAM):
     "Not a map, but what the gradient methods make theirs of: activations, and gradients for every class."
-    def raw_maps(self, seen: ForwardPass) -> dict[str, Tensor]: # one pass
+    def raw_maps(self, seen: ForwardPass # one pass
+                ) -> dict[str, Tensor]:
         "Keep layer -> activation (1, C, h, w) and gradients (K, C, h, w); the maps it gives are of no use."
         for name, activation in seen.activations.items():
             if len(activation) != len(seen.logits): raise ValueError(f'layer {name!r} runs before the first one named')
@@ -242,7 +244,8 @@ def gather(model: nn.Module,        # an image classifier
     finally: hook.remove()
     return evidence.kept, logits[:1]
 
-def uses_gradients(method: str) -> bool: # a key of `gradcam.METHODS`
+def uses_gradients(method: str # a key of `gradcam.METHODS`
+                  ) -> bool:
     "Is the method's map a formula of one activation and its gradient?"
     return METHODS[method].graph and METHODS[method].raw_maps is CAM.raw_maps
 
@@ -362,13 +365,18 @@ def map_caption(name: str,               # of the layer
     if code != Status.OK: lines.append(str(code))
     return '\n'.join(lines), code == Status.OK
 
-def lines_html(text: str) -> str: # anything
+def lines_html(text: str # anything
+              ) -> str:
     "Text as HTML: escaped, line by line, the first line bold."
     first, *rest = escape(text).split('\n')
     return f'<div style="line-height:1.35">{"<br>".join([f"<b>{first}</b>", *rest])}</div>'
 
 # %% ../nbs/10_panel.ipynb #7730f935
-def thumbnail_label(index: int, table: Table, classes: Sequence[str], label: str) -> str: # which image, and what it is
+def thumbnail_label(index: int,             # of the image
+                    table: Table,           # what the model said of all images
+                    classes: Sequence[str], # the model's names of the classes
+                    label: str              # what the image is
+                   ) -> str:
     "Lines for under a thumbnail: its number and the confidence, the prediction, and what it is."
     k = table.predicted[index]
     if k < 0: return f'#{index}\nis {label}'
@@ -512,13 +520,17 @@ def _probe(self: Explorer):
     return logits, stages, '' if stages else 'The model has no layer with a grid of cells, so it has no heatmaps.'
 
 @patch
-def input(self: Explorer, image: np.ndarray) -> Tensor: # uint8 (H, W, 3)
+def input(self: Explorer, image: np.ndarray # uint8 (H, W, 3)
+         ) -> Tensor:
     "The image as the model takes it, (1, 3, H, W), on the model's device."
     return self.transform(image=image)['image'][None].to(_device(self.model))
 
 # %% ../nbs/10_panel.ipynb #012f00a8
 @patch
-def add(self: Explorer, name: str, content: bytes) -> int: # a PNG, JPEG or WebP file
+def add(self: Explorer,
+        name: str,     # of the file
+        content: bytes # of a PNG, JPEG or WebP file
+       ) -> int:
     "Read a file, crop and resize it as the model needs, and give its number. One that is no image raises `ValueError`."
     h, w = self.images.images.shape[1:3]
     if h != w: raise ValueError(f'{name}: cannot be shown beside images of {h} x {w} pixels, which are not square')
@@ -528,7 +540,10 @@ def add(self: Explorer, name: str, content: bytes) -> int: # a PNG, JPEG or WebP
     return len(self.files) - 1
 
 @patch
-def logits(self: Explorer, key: int, image: np.ndarray) -> Tensor | None: # of `Picked`
+def logits(self: Explorer,
+           key: int,         # of `Picked`
+           image: np.ndarray # uint8 (H, W, 3)
+          ) -> Tensor | None:
     "The logits of one image, (K,), from the evaluation or from a pass."
     if key >= 0 and self.evaluation is not None: return self.evaluation.logits[key]
     if key not in self.said and self.runs:
@@ -579,7 +594,11 @@ def _make(self: Explorer, picked, method, layers):
     except Exception: return explain(self.model, x, method, layers)  # without copies; it says why, layer by layer
 
 @patch
-def missing(self: Explorer, key: int, method: str, layers: Sequence[str]) -> tuple[str, ...]: # of `Picked`
+def missing(self: Explorer,
+            key: int,             # of `Picked`
+            method: str,          # a key of `gradcam.METHODS`
+            layers: Sequence[str] # names
+           ) -> tuple[str, ...]:
     "The layers of which no heatmaps are kept."
     return tuple(name for name in layers if (key, method, name) not in self.made)
 

@@ -42,12 +42,13 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
               mean: tuple[float, ...],   # of each channel, in [0, 1] units
               std: tuple[float, ...]     # of each channel, in [0, 1] units
              ) -> torch.Tensor:          # float32 (N, 3, H, W)
-    "A few images as a tested model sees them; for a whole set there is `loader`."
+    "A few images as a tested model sees them; for a whole set there is `loader`. Images of another type or form raise `ValueError`."
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3: raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)')
     transform = test_transforms(mean, std)
     return torch.stack([transform(image=image)['image'] for image in images])
 
 def _normalized(mean, std):
-    if not min(std) > 0: raise ValueError(f'std: found {tuple(std)}, expected more than 0; a channel with one value all over shows nothing')
+    if not all(s > 0 for s in std): raise ValueError(f'std: found {tuple(std)}, expected more than 0; a channel with one value all over shows nothing')
     return [A.Normalize(mean=mean, std=std), ToTensorV2()]
 
 # %% ../nbs/02_preprocessing.ipynb #bcedc1c5
@@ -82,6 +83,11 @@ def _key(transform, seed, epoch, index):
     generator = np.random.default_rng((seed, epoch, index))
     transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
 
+def _check_compose(transform):
+    "Raise for transforms of another library, which no key decides about."
+    if not isinstance(transform, A.Compose):
+        raise TypeError(f'transform: found {type(transform).__module__}.{type(transform).__name__}, expected an albumentations.Compose, as `train_transforms` gives it')
+
 # %% ../nbs/02_preprocessing.ipynb #30fbd07d
 class KeyedDataset(Dataset):
     "Transformed images and labels, addressed by (epoch, index)."
@@ -89,6 +95,7 @@ class KeyedDataset(Dataset):
                  images: ImageSet,     # the set
                  transform: A.Compose, # its last step is ToTensorV2
                  seed: int):           # of the augmentation
+        _check_compose(transform)
         self.images, self.transform, self.seed = images, transform, seed
 
     def __len__(self): return len(self.images)
@@ -124,7 +131,8 @@ class Keyed:
         "Make the next pass that of `epoch`."
         self.sampler.epoch = epoch
 
-    def indices(self, step: int) -> list[int]: # 0, 1, 2, ...
+    def indices(self, step: int # 0, 1, 2, ...
+               ) -> list[int]:
         "Which images batch `step` of the current epoch holds."
         return self.sampler.order()[step * self.batch_size:(step + 1) * self.batch_size]
 
@@ -203,15 +211,23 @@ class Twin:
                  device: torch.device = torch.device('cpu')): # where the batches are
         self.transform, self.device = transform, device
 
-    def size(self, size: tuple[int, int]) -> tuple[int, int]: # height and width, before and after
+    def size(self, size: tuple[int, int] # height and width, before and after
+            ) -> tuple[int, int]:
         "The size of an image once it is transformed."
         return size
 
-    def draw(self, key: tuple, stream: int, size: tuple[int, int]) -> Tensor: # as for `uniform`; (B, ...)
-        "The parameters of each image of the key's index, whose height and width are `size`."
+    def draw(self,
+             key: tuple,           # as for `uniform`
+             stream: int,          # as for `uniform`
+             size: tuple[int, int] # height and width of the images
+            ) -> Tensor:           # (B, ...)
+        "The parameters of each image of the key's index."
         return key[2].new_empty(len(key[2]), 0)
 
-    def apply(self, images: Tensor, parameters: Tensor) -> Tensor: # uint8 (B, 3, H, W), (B, ...)
+    def apply(self,
+              images: Tensor,    # uint8 (B, 3, H, W)
+              parameters: Tensor # from `draw`, (B, ...)
+             ) -> Tensor:
         "The transformed images."
         return images
 
@@ -352,7 +368,10 @@ class BatchedDataset:
 
     def __len__(self): return len(self.images)
 
-    def draw(self, epoch: int, index: Tensor) -> list[Tensor]: # int64 (B,)
+    def draw(self,
+             epoch: int,   # 0, 1, 2, ...
+             index: Tensor # of the images, int64 (B,)
+            ) -> list[Tensor]:
         "What each transform does to the images at `index` in that epoch, a tensor of B rows a transform."
         drawn, size = [], tuple(self.pixels.shape[2:])
         for stream, twin in enumerate(self.twins):
@@ -360,8 +379,11 @@ class BatchedDataset:
             size = twin.size(size)
         return drawn
 
-    def apply(self, index: Tensor, drawn: list[Tensor]) -> Tensor: # int64 (B,), from `draw`
-        "The images at `index`, transformed: float (B, 3, H, W)."
+    def apply(self,
+              index: Tensor,      # of the images, int64 (B,)
+              drawn: list[Tensor] # from `draw`
+             ) -> Tensor:         # float (B, 3, H, W)
+        "The images at `index`, transformed."
         x = self.pixels[index]
         for twin, parameters in zip(self.twins, drawn): x = twin.apply(x, parameters)
         return x
@@ -374,6 +396,7 @@ class BatchedDataset:
 # %% ../nbs/02_preprocessing.ipynb #676cb7b3
 def _twins(transform, device):
     "The twins of a declaration, in its order."
+    _check_compose(transform)
     if transform.p != 1: raise ValueError(f'Compose has batched twins only for p=1, found {transform.p}')
     names = [type(t).__name__ for t in transform.transforms]
     if names[-2:] != ['Normalize', 'ToTensorV2'] or 'Normalize' in names[:-2]:
@@ -418,7 +441,8 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
                    train_set: ImageSet, # whose mean and standard deviation normalise both
                    test_set: ImageSet   # in this order
                   ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
-    "What a recipe trains on, augmented, and what it is tested on."
+    "What a recipe trains on, augmented, and what it is tested on. Images that are no squares, and sets of different classes, raise `ValueError`."
+    _check_sets(train_set, test_set)
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, train_set.images.shape[1]), test_transforms(mean, std)
     if config.batched:  # a last batch that is smaller would have to be compiled anew
@@ -428,3 +452,11 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
     workers = 0 if on_cpu else min(8, os.cpu_count())  # a CPU's cores are busy training
     return (loader(train_set, augment, config.batch_size, config.seed, workers, pin_memory=not on_cpu, persistent_workers=workers > 0),
             loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
+
+def _check_sets(train_set, test_set):
+    "Raise for sets that do not belong together, or that a crop and a card, which know one size, do not fit."
+    for images in (train_set, test_set):
+        height, width = images.images.shape[1:3]
+        if height != width: raise ValueError(f'found images of {height} x {width} pixels, expected squares; `fit_square` makes them')
+    if train_set.classes != test_set.classes:
+        raise ValueError(f'classes: found {train_set.classes[:10]} in the training set and {test_set.classes[:10]} in the test set, expected the same in the same order')

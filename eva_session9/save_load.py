@@ -63,10 +63,14 @@ def save_model(model: nn.Module,                   # a network of ours, of the a
     write_atomically(path.with_suffix('.json'), text.encode())
     return card
 
-def _check_card(card, model):
-    "Raise `ValueError` unless the card says all that it takes to build this model again."
+def _check_keys(card):
+    "Raise `ValueError` unless the card says all that it takes to build and to use a model."
     missing = [key for key in ('architecture', 'classes', 'mean', 'std', 'size') if key not in card]
     if missing: raise ValueError(f"the card lacks {', '.join(missing)}")
+
+def _check_card(card, model):
+    "Raise `ValueError` unless the card is of this model."
+    _check_keys(card)
     name, k = card['architecture'], len(card['classes'])
     if name not in ARCHITECTURES: raise ValueError(f"card: found architecture {name!r}, expected one of {', '.join(ARCHITECTURES)}")
     with torch.device('meta'): expected = make_model(name, k)
@@ -82,6 +86,7 @@ def load_model(path: str | Path # of the weights; the card is beside them
         blob, card = path.read_bytes(), json.loads(path.with_suffix('.json').read_text())
         if hashlib.sha256(blob).hexdigest() != card['sha256']:
             raise CheckpointError(f'{path}: the weights are not those of the card (sha256 differs); copy both files again')
+        _check_keys(card)
         model = make_model(card['architecture'], len(card['classes']))
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in from_safetensors(blob).items()})
     except FileNotFoundError as error:
@@ -126,11 +131,11 @@ def save_checkpoint(folder: str | Path, # of the run
     return path.with_suffix('.json')
 
 # %% ../nbs/05_save_load.ipynb #a1fcfd01
-def load_checkpoint(path: str | Path # a manifest, or the folder of a run for its newest sound checkpoint
+def load_checkpoint(path: str | Path # a checkpoint, or the folder of a run for its newest sound one
                    ) -> dict: # the state, on the CPU
     "The state in `path`, verified. A folder falls back, with a warning, to an older checkpoint where the newest is damaged."
     path = Path(path)
-    if not path.is_dir(): return _read(path)
+    if not path.is_dir(): return _read(path.with_suffix('.json'))
     found = checkpoints(path)
     if not found: raise CheckpointError(f'{path}: holds no finished checkpoint')
     for manifest in reversed(found):

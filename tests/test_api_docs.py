@@ -51,10 +51,15 @@ def test_a_sentence_says_what_it_is(name):
 @pytest.mark.parametrize('name', CALLED)
 def test_every_parameter_is_documented(name):
     found = docments(PUBLIC[name], full=True, returns=False, args_kwargs=True)
-    on_one_line = inspect.isroutine(PUBLIC[name]) and re.search(r'def \w+\(.*\).*: *# ', inspect.getsource(PUBLIC[name]))
+    on_one_line = inspect.isroutine(PUBLIC[name]) and re.search(r'def \w+\(.*\): *# ', inspect.getsource(PUBLIC[name]))
     for parameter, told in found.items():
         known = told.docment or told.anno is not inspect.Parameter.empty or on_one_line
         assert known or parameter in ('self', 'cls'), f'{name}: {parameter} has neither a comment nor a type'
+
+
+@pytest.mark.parametrize('name', [name for name in CALLED if inspect.isroutine(PUBLIC[name])])
+def test_no_comment_of_a_parameter_is_shown_as_the_return(name):
+    assert not re.search(r'\w: .*\) -> .*: *# ', inspect.getsource(PUBLIC[name])), f'{name}: give the parameter a line of its own'
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if not overrides(name)])

@@ -46,7 +46,8 @@ class Status(IntEnum):
     def __str__(self): return ('ok', 'no positive evidence', 'uniform', 'non-finite')[self]
 
     @staticmethod
-    def of(raw: Tensor) -> Tensor: # raw maps (..., h, w)
+    def of(raw: Tensor # raw maps (..., h, w)
+          ) -> Tensor:
         "The status of each map, int64 (...). Nothing below 1e-12 is evidence; within 1e-6 of its maximum a map is uniform."
         low, high = raw.clamp(min=0).amin((-2, -1)), raw.amax((-2, -1))
         status = torch.where(high - low <= 1e-6 * high, Status.UNIFORM, Status.OK)
@@ -91,7 +92,8 @@ class Heatmaps:
         As in pytorch-grad-cam a layer counts for less where its raw maximum is not far above 1e-7."""
         return _stretch(self._enlarged.mean(-3))
 
-    def of(self, k: int) -> 'Heatmaps': # a class, of those that `target='all'` explained
+    def of(self, k: int # a class, of those that `target='all'` explained
+          ) -> 'Heatmaps':
         "The maps for one class."
         if any(raw.ndim != 4 for raw in self.raw.values()): raise ValueError("the maps are of one class an image already; only target='all' gives more")
         if k not in range(self.logits.shape[1]): raise ValueError(f'found class {k!r}, expected 0 to {self.logits.shape[1] - 1}')
@@ -102,7 +104,8 @@ class Heatmaps:
         return f'Heatmaps of {len(self.logits)} images at {self.size[0]}x{self.size[1]}: {grids}'
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #911f6523
-def unwrap(model: nn.Module) -> nn.Module: # a network, compiled or wrapped for several devices, or as it is
+def unwrap(model: nn.Module # a network, compiled or wrapped for several devices, or as it is
+          ) -> nn.Module:
     "The network inside `torch.compile`, DataParallel and DistributedDataParallel. Any other wrapper is a part of the network."
     if hasattr(model, '_orig_mod'): return unwrap(model._orig_mod)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel): return unwrap(model.module)
@@ -276,7 +279,8 @@ def linear_weight(seen: ForwardPass, # a pass
     return _at_least_float32(weight.detach()) if same and torch.equal(output[known], seen.logits[known]) else None
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #cc0fd793
-def gradients(seen: ForwardPass) -> Iterator[dict[str, Tensor]]: # a pass with a graph
+def gradients(seen: ForwardPass # a pass with a graph
+             ) -> Iterator[dict[str, Tensor]]:
     "For each of the T scores: layer -> gradient of every image's score with respect to the layer, (N, C, h, w)."
     weights = {name: linear_weight(seen, name) for name in seen.nodes} if seen.all_classes else {}
     known = seen.all_classes and all(weight is not None for weight in weights.values())
@@ -351,7 +355,8 @@ class CAM:
         "The signed map of each image, (N, h, w)."
         raise NotImplementedError(f'{type(self).__name__} defines no heatmap')
 
-    def raw_maps(self, seen: ForwardPass) -> dict[str, Tensor]: # one pass
+    def raw_maps(self, seen: ForwardPass # one pass
+                ) -> dict[str, Tensor]:
         "Layer -> signed maps for each of the T scores, (N, T, h, w)."
         maps = {name: [] for name in seen.nodes}
         with torch.autocast(seen.images.device.type, enabled=False):

@@ -52,7 +52,8 @@ class GradientFreeCAM(CAM):
         "Signed maps of the layer for each of the T scores, (N, T, h, w)."
         raise NotImplementedError(f'{type(self).__name__} defines no class_maps')
 
-    def raw_maps(self, seen: ForwardPass) -> dict[str, Tensor]: # one pass
+    def raw_maps(self, seen: ForwardPass # one pass
+                ) -> dict[str, Tensor]:
         "Layer -> signed maps for each of the T scores, (N, T, h, w)."
         return {name: self.class_maps(seen, name) for name in seen.nodes}
 
@@ -78,7 +79,8 @@ class ClassActivationMap(GradientFreeCAM):
         return weighted_sum(weights, seen.activations[name])
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #89c74fb3
-def first_component(activation: Tensor) -> Tensor: # (N, C, h, w)
+def first_component(activation: Tensor # (N, C, h, w)
+                   ) -> Tensor:
     "Each image's cells projected on their first principal component, (N, h, w), signed to go with the mean activation."
     size = activation.abs().amax((1, 2, 3)).clamp(min=torch.finfo(activation.dtype).tiny)[:, None]
     x = activation.flatten(2) / size[..., None]                          # X transposed: channels x cells; squares stay finite

@@ -100,7 +100,8 @@ def insertion(model: nn.Module,
     "The confidence while the pixels of a blurred image become sharp, (N, steps + 1): higher is better (Petsiuk et al. 2018)."
     return replacing(model, blurred(images, sigma), images, maps, target, steps, seed)
 
-def area_under(curve: Tensor) -> Tensor: # (N, S)
+def area_under(curve: Tensor # (N, S)
+              ) -> Tensor:
     "The mean height of each curve by the trapezoid rule, (N,)."
     return (curve[:, 1:] + curve[:, :-1]).mean(1) / 2
 

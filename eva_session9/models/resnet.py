@@ -94,23 +94,28 @@ def _stage(block, in_planes, planes, depth, stride):
     return nn.Sequential(*blocks)
 
 # %% ../../nbs/03_models.resnet.ipynb #e62c92f7
-def resnet18(num_classes: int = 10) -> ResNet: # logits
+def resnet18(num_classes: int = 10 # logits
+            ) -> ResNet:
     "ResNet-18: 11,173,962 parameters for 10 classes."
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes)
 
-def resnet34(num_classes: int = 10) -> ResNet: # logits
+def resnet34(num_classes: int = 10 # logits
+            ) -> ResNet:
     "ResNet-34."
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes)
 
-def resnet50(num_classes: int = 10) -> ResNet: # logits
+def resnet50(num_classes: int = 10 # logits
+            ) -> ResNet:
     "ResNet-50."
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes)
 
-def resnet101(num_classes: int = 10) -> ResNet: # logits
+def resnet101(num_classes: int = 10 # logits
+             ) -> ResNet:
     "ResNet-101."
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes)
 
-def resnet152(num_classes: int = 10) -> ResNet: # logits
+def resnet152(num_classes: int = 10 # logits
+             ) -> ResNet:
     "ResNet-152."
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes)
 
@@ -118,7 +123,8 @@ def resnet152(num_classes: int = 10) -> ResNet: # logits
 ARCHITECTURES = {make.__name__: make for make in (resnet18, resnet34, resnet50, resnet101, resnet152)}
 
 def make_model(architecture: str,       # a key of `ARCHITECTURES`
-               num_classes: int) -> ResNet: # logits
+               num_classes: int         # logits
+              ) -> ResNet:
     "The network called `architecture`, with fresh weights. An unknown name raises `ValueError`."
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture: found {architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
