@@ -106,7 +106,8 @@ def eva9_train(
         history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')
         _draw(_training_figures(model, sets, train_batches, history, evaluation), out)
-        print(f'test accuracy {evaluation.accuracy:.2%} after {len(history.epochs)} epochs; everything is in {out}/')
+        epochs = f'{len(history.epochs)} epoch' + 's' * (len(history.epochs) > 1)
+        print(f'test accuracy {evaluation.accuracy:.2%} after {epochs}; everything is in {out}/')
 
 # %% ../nbs/11_cli.ipynb #eb0e43b5
 def _command(name, data, config, **given):

@@ -52,6 +52,10 @@ class Config:
         for field in fields(self): _check(field, getattr(self, field.name))
         _check_together(self)
 
+    def __repr__(self):
+        values = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+
     @classmethod
     def session9(cls) -> 'Config':
         "The course project's recipe."

@@ -274,7 +274,7 @@ def make_optimizer(model: nn.Module, # its parameters are optimised
 def triangle(done: float,  # share of the steps that are done, in [0, 1]
              warmup: float # share of them in which the learning rate rises, in (0, 1)
             ) -> float:    # factor of the highest learning rate
-    "Linear from a fifth to one, then linear to zero."
+    "Linear from a fifth to one (*warm-up*), then linear to zero (*decay*)."
     return 0.2 + 0.8 * done / warmup if done < warmup else (1 - done) / (1 - warmup)
 
 # %% ../nbs/06_engine.ipynb #50e891e1

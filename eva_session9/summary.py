@@ -8,11 +8,19 @@ Docs: https://eva-session9.github.io/eva_session9/summary.html.md"""
 __all__ = ['summary']
 
 # %% ../nbs/04_summary.ipynb #91b1b51a
+import re
+
 import torch
 import torchinfo
 from torch import nn
 
 # %% ../nbs/04_summary.ipynb #bdee34ea
+class _Table(torchinfo.ModelStatistics):
+    "Says in words what the multiply-adds are counted in."
+    def __repr__(self):
+        units = {'MEGABYTES': 'millions', 'GIGABYTES': 'billions', 'TERABYTES': 'trillions'}
+        return re.sub(r'\(Units\.(\w+)\)', lambda unit: f'({units[unit[1]]})', super().__repr__())
+#| exports
 def summary(model: nn.Module,                       # any network for images
             size: tuple[int, int, int] = (3, 32, 32) # channels, height and width of one image
            ) -> torchinfo.ModelStatistics: # shows itself as a table; `.total_params`, `.total_mult_adds`
@@ -21,7 +29,8 @@ def summary(model: nn.Module,                       # any network for images
     p = next(model.parameters())
     image = torch.zeros(1, *size, dtype=p.dtype, device=p.device)
     flags = {module: module.training for module in model.modules()}
-    try: return torchinfo.summary(model, input_data=image, device=p.device, depth=4, verbose=0, row_settings=('var_names',),
-                                  col_width=18, col_names=('output_size', 'num_params', 'mult_adds'))
+    try: table = torchinfo.summary(model, input_data=image, device=p.device, depth=4, verbose=0, row_settings=('var_names',),
+                                   col_width=18, col_names=('output_size', 'num_params', 'mult_adds'))
     finally:
         for module, flag in flags.items(): module.training = flag
+    return _Table(table.summary_list, table.input_size, table.total_input, table.formatting)

@@ -124,3 +124,10 @@ def test_signatures_stand_in_the_order_of_the_module(home):
     headings = re.findall(r'<h3 id="(\w+)"', page)
     assert headings == ['basicblock', 'bottleneck', 'resnet', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'make_model']
     assert '__main__' not in page
+
+
+@pytest.mark.parametrize('page, shown', [
+    ('lr_finder', 'lrcurve.lr: float  # a property'), ('engine', 'class Scores(tuple):'), ('preprocessing', 'class Keyed:')])
+def test_what_is_no_call_is_not_shown_as_one(home, page, shown):
+    text = urlopen(f'{home}/{page}.html').read().decode()
+    assert shown in re.sub('<[^>]+>', '', text)

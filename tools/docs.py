@@ -75,17 +75,33 @@ def in_order(cells, module):
     return ordered
 
 
+def as_read(text, module):
+    "Signatures of properties without a call, and of classes with their base where nbdev knows no parameters."
+    def of_property(signature):
+        heading, kind, name, answer = signature.groups()
+        if not isinstance(getattr(getattr(module, kind, None), name, None), property): return signature[0]
+        return f'{heading}{kind.lower()}.{name}: {answer}  # a property'
+
+    def of_class(signature):
+        kind = getattr(module, signature[1], None)
+        if not isinstance(kind, type): return signature[0]
+        return f'class {signature[1]}({kind.__base__.__name__}):' if kind.__base__ is not object else f'class {signature[1]}:'
+    text = re.sub(r'(### (\w+)\.(\w+)\n\n```python\n)def \3\(\)->(.*):', of_property, text)
+    return re.sub(r'def (\w+)\(\n    \*args, \*\*kw(?:args|ds)\n\):', of_class, text)
+
+
 def staged(path, home, source):
     "A processed notebook as smalldocs reads it."
     notebook = nbformat.reads(nbformat.writes(nbformat.read(path, 4)), 4)
     name = number(path.stem)
-    if find_spec(f'eva_session9.{name}'): notebook.cells = in_order(notebook.cells, import_module(f'eva_session9.{name}'))
+    module = import_module(f'eva_session9.{name}') if find_spec(f'eva_session9.{name}') else None
+    if module: notebook.cells = in_order(notebook.cells, module)
     for cell in notebook.cells:
         if cell.cell_type == 'code': cell = described(cell)
         else: cell.source = relinked(cell.source, home, source)
         for output in cell.get('outputs', []):
             for kind, text in output.get('data', {}).items():
-                if kind in ('text/html', 'text/markdown'): output.data[kind] = relinked(text, home, source)
+                if kind in ('text/html', 'text/markdown'): output.data[kind] = as_read(relinked(text, home, source), module)
     head = notebook.cells[0]
     if head.cell_type == 'raw':
         lines = [line for line in head.source.splitlines() if line.split(':')[0] not in NOT_OF_SMALLDOCS]
