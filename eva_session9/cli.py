@@ -88,10 +88,10 @@ def eva9_train(
     out: str = 'eva9-train',  # folder for checkpoints, model, numbers and figures
 ):
     "Train a ResNet by a recipe, test it after each epoch, and draw what it learned."
-    with _one_line_errors('eva9_train'):
+    with _one_line_errors('eva9_train'), _distributed():
         from torch.backends import cudnn
         from eva_session9.config import seed_everything
-        from eva_session9.engine import fit, test
+        from eva_session9.engine import _place, fit, test
         from eva_session9.models.resnet import make_model
         from eva_session9.preprocessing import recipe_batches
         recipe, sets, out = _config(config, epochs), _sets(data, root, limit), Path(out)
@@ -100,8 +100,9 @@ def eva9_train(
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
+        if _place()[0]: return  # of several processes, the first writes
         evaluation = test(model, test_batches, history.precision)
-        history.command = _command('eva9_train', data, config, epochs=epochs, limit=limit)
+        history.command = _launcher(_place()[1]) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
         tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
         history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')
@@ -110,6 +111,16 @@ def eva9_train(
         print(f'test accuracy {evaluation.accuracy:.2%} after {epochs}; everything is in {out}/')
 
 # %% ../nbs/11_cli.ipynb #eb0e43b5
+@contextmanager
+def _distributed():
+    "`engine.distributed`, which loads PyTorch only now."
+    from eva_session9.engine import distributed
+    with distributed(): yield
+
+def _launcher(processes):
+    "What starts so many processes of a command."
+    return f'torchrun --standalone --nproc-per-node {processes} --no-python ' if processes > 1 else ''
+
 def _command(name, data, config, **given):
     "The command line that repeats a run."
     given = {'data': data, 'config': config, **given}

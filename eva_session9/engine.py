@@ -7,7 +7,7 @@ Docs: https://eva-session9.github.io/eva_session9/engine.html.md"""
 # %% auto #0
 __all__ = ['train_step', 'forward', 'Scores', 'train', 'Evaluation', 'test', 'faster_precision', 'prepare', 'History',
            'make_optimizer', 'triangle', 'Muon', 'orthogonal', 'Lookahead', 'zero_gamma', 'Recorded', 'RecordedStep',
-           'fit']
+           'fit', 'distributed']
 
 # %% ../nbs/06_engine.ipynb #cbdb2027
 import copy
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -107,14 +108,26 @@ def train(model: nn.Module,                 # on its device; put into train mode
         correct += (logits.argmax(1) == y).sum()
         if i % 50 == 0: progress.set_postfix(loss=f'{loss.item() / n:.3f}', accuracy=f'{correct.item() / n:.2%}')
     if not n: raise ValueError(_NO_BATCHES)
-    return Scores(loss.item() / n, correct.item() / n)
+    loss, correct, n = _summed(device, loss.item(), correct.item(), n)
+    return Scores(loss / n, correct / n)
 
 # %% ../nbs/06_engine.ipynb #d7ab70c0
 _NO_BATCHES = 'there are no batches to train on; the set is empty, or smaller than one batch with drop_last'
 
 def _begun(batches, label):
     "One pass over the batches with a progress bar. Begun here, since `tqdm.auto` would begin it twice, workers included."
-    return tqdm(iter(batches), label, length_hint(batches) or None, leave=False)
+    return tqdm(iter(batches), label, length_hint(batches) or None, leave=False, disable=_place()[0] > 0)
+
+def _place():
+    "The number of this process, and of all that train together."
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+def _summed(device, *numbers):
+    "The numbers, each summed over all processes that train together."
+    if _place()[1] == 1: return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 def _pair(batch, device):
     "The images and labels of a batch on the device, or an error that says what the batch holds."
@@ -475,24 +488,26 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     if device.type == 'cpu': _keep_memory()
     for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
     with _alone(out):
-        history, state = _start(model, train_batches, config, device, out, resume)
-        parts = _parts(prepare(model, history.precision), config, len(train_batches))
+        history, state, drawn = _by_first(lambda: (*_start(model, train_batches, config, device, out, resume), torch.get_rng_state()))
+        torch.set_rng_state(drawn)
+        network, one_step = _fastest(prepare(model, history.precision), config, device)
+        parts = _parts(model, config, len(train_batches))
         if state: _restore(parts, state, out)
-        network, one_step = _fastest(model, config, device)
         step, done = partial(_step, one_step, parts, config), len(history.epochs)
-        for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
+        for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch', disable=_place()[0] > 0)):
             start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
             scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
             history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
             bar.set_postfix({name: f'{value:.2%}' for name, value in scores.items() if 'accuracy' in name})
-            if out is not None: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
+            if out is not None and _place()[0] == 0: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
     return history
 
 # %% ../nbs/06_engine.ipynb #f30e66e5
 def _epoch(network, step, parts, train_batches, test_batches, config, precision, epoch):
     "Train for one epoch and test, if there is something to test on; the scores by name."
     if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
-    trained = train(network, train_batches, parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
+    trained = train(network, _shared(train_batches, network), parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
+    _agree(parts['model'])
     _check_finite(parts['model'], epoch)
     if not config.warmup: parts['schedule'].step()
     scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
@@ -524,7 +539,8 @@ def _resized(x, size):
     return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
 def _fastest(model, config, device):
-    "The network, and the step to train it by: with fused kernels and recorded, where the recipe says so and there is a GPU."
+    "The network, and the step to train it by: of several processes' or, where the recipe says so and there is a GPU, with fused kernels and recorded."
+    if _place()[1] > 1: return nn.parallel.DistributedDataParallel(model), train_step
     if not config.compile or device.type != 'cuda': return model, train_step
     if find_spec('triton'): return torch.compile(model, dynamic=False), RecordedStep()
     warnings.warn('Triton is not installed, so kernels are not fused; install it for more speed')
@@ -538,6 +554,40 @@ def _keep_memory():
     mallopt(_M_TRIM_THRESHOLD, -1)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+# %% ../nbs/06_engine.ipynb #d6cd6f6b
+class _Share:
+    "The images of each batch that this process trains on."
+    def __init__(self, batches, device):
+        self.batches, self.device, (self.place, self.n) = batches, device, _place()
+        if hasattr(batches, 'indices'): self.indices = lambda step: batches.indices(step)[self.place::self.n]
+
+    def __len__(self): return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            x, y = _pair(batch, self.device)
+            if len(y) < self.n: raise ValueError(f'a batch of {len(y)} images cannot be shared by {self.n} processes; start fewer, or leave it out')
+            yield x[self.place::self.n], y[self.place::self.n]
+
+def _shared(batches, model):
+    "The batches, or of several processes' each its share."
+    return batches if _place()[1] == 1 else _Share(batches, next(model.parameters()).device)
+
+def _by_first(function):
+    "What the first process gets from the function, for all of them; the others wait for it."
+    found = [function() if _place()[0] == 0 else None]
+    if _place()[1] > 1: dist.broadcast_object_list(found)
+    return found[0]
+
+def _agree(model):
+    "Give all processes the buffers of the first; gradients, and so weights, are the same already."
+    if _place()[1] == 1: return
+    for buffer in model.buffers(): dist.broadcast(buffer, 0)
+
+def _machine(device):
+    "What does the work, in words: the device, and of several processes how many."
+    return hardware(device) if _place()[1] == 1 else f'{_place()[1]} x {hardware(device)}'
 
 # %% ../nbs/06_engine.ipynb #41038d4e
 def _check_config(config):
@@ -579,7 +629,7 @@ def _check_writable(out):
 @contextmanager
 def _alone(out):
     "Hold the folder of a run, if there is one, so that no other process trains in it meanwhile."
-    if out is None: return (yield)
+    if out is None or _place()[0] > 0: return (yield)
     _check_writable(Path(out))
     lock = FileLock(Path(out) / '.lock', timeout=0)
     try: lock.acquire()
@@ -610,7 +660,7 @@ def _state(parts, batches, history):
 def _start(model, batches, config, device, out, resume):
     "The record to go on with: a new one, or that of the newest checkpoint, and the checkpoint."
     if out is None or not checkpoints(out):
-        return History(config, hardware(device), versions(), precision=_settled(config.precision, model, batches, device)), None
+        return History(config, _machine(device), versions(), precision=_settled(config.precision, model, batches, device)), None
     if not resume: raise FileExistsError(f'{out} holds a run already; resume it (resume=True, --resume), or choose another folder')
     history, state = _read_run(out)
     _same_run(history, config, state, batches, out)
@@ -647,9 +697,21 @@ def _same_run(history, config, state, batches, out):
 
 def _same_machine(history, state, device):
     "Warn where sums may be rounded otherwise than before."
-    pairs = [(state['threads'], torch.get_num_threads()), (history.hardware, hardware(device)),
+    pairs = [(state['threads'], torch.get_num_threads()), (history.hardware, _machine(device)),
              (history.versions['torch'], versions()['torch'])]
     for was, now in pairs:
         if was == now: continue
         warnings.warn(f'begun with {was}, resumed with {now}: sums may be rounded otherwise, so the weights may not be '
                       'byte-identical to those of an uninterrupted run')
+
+# %% ../nbs/06_engine.ipynb #ed3877bd
+@contextmanager
+def distributed():
+    "Join the processes that `torchrun` has started, for the length of the block; without it, do nothing. More processes than GPUs raise `ValueError`."
+    if 'TORCHELASTIC_RUN_ID' not in os.environ: return (yield)
+    gpus, place = torch.cuda.device_count(), int(os.environ['LOCAL_RANK'])
+    if 0 < gpus <= place: raise ValueError(f'found {gpus} GPUs for {os.environ["LOCAL_WORLD_SIZE"]} processes, expected one for each')
+    if gpus: torch.cuda.set_device(place)
+    dist.init_process_group('nccl' if gpus else 'gloo')
+    try: yield
+    finally: dist.destroy_process_group()

@@ -44,6 +44,18 @@ def test_an_impossible_size_is_one_line(size, tmp_path, capsys):
     assert stopped.value.code == 2 and f'found (3, {size}, {size})' in capsys.readouterr().err
 
 
+def test_two_processes_train_as_one(tmp_path):
+    (tmp_path / 'mine.json').write_text('{"batch_size": 8, "epochs": 1, "precision": "fp32", "sizes": [16]}')
+    command = ['eva9_train', '--data', 'shapes', '--config', 'mine.json', '--limit', '32']
+    launcher = ['torchrun', '--standalone', '--nproc-per-node', '2', '--no-python']
+    scripts = Path(sys.executable).parent
+    done = subprocess.run([scripts / launcher[0], *launcher[1:], scripts / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('test accuracy') == 1
+    record = json.loads((tmp_path / 'eva9-train' / 'history.json').read_text())
+    assert record['command'].split() == launcher + command and record['hardware'].startswith('2 x ')
+
+
 def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):
     lrs = np.geomspace(1e-5, 1, 100)
     losses = 2.3 - 1.5 / (1 + np.exp(-4 * (np.log10(lrs) + 2))) + 2 * lrs ** 2
