@@ -12,6 +12,7 @@ __all__ = ['train_step', 'forward', 'Scores', 'train', 'Evaluation', 'test', 'fa
 # %% ../nbs/06_engine.ipynb #cbdb2027
 import copy
 import ctypes
+import gc
 import json
 import math
 import os
@@ -713,5 +714,6 @@ def distributed():
     if 0 < gpus <= place: raise ValueError(f'found {gpus} GPUs for {os.environ["LOCAL_WORLD_SIZE"]} processes, expected one for each')
     if gpus: torch.cuda.set_device(place)
     dist.init_process_group('nccl' if gpus else 'gloo')
-    try: yield
-    finally: dist.destroy_process_group()
+    yield
+    gc.collect()  # a network that is in a cycle of references would outlive the group, and then end the process
+    dist.destroy_process_group()  # not after an error, for it would wait for the others
