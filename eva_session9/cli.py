@@ -274,7 +274,7 @@ def _explain_images(model, files, pictures, method, layers, out):
         name = 'heatmaps' if not start else f'heatmaps-{start // rows + 1}'
         _draw([(name, plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class'))], out)
         found += sheet
-    _write_numbers(found, out)
+    _write_numbers(found, out, -(-len(files) // rows))
 
 def _rows(most, method, layers):
     "How many images fit one figure with a map of each by every method at every layer; `most` if it can be."
@@ -299,11 +299,14 @@ def _explain_mistakes(model, images, method, layers, out):
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]
     labels = [f"{entry['true']}, taken for\n{entry['predicted']} {entry['probability']:.0%}" for entry in found]
     _draw([('heatmaps', plot_heatmaps(images.subset(chosen).images, heatmaps, labels, f'{title}, by {method}'))], out)
-    _write_numbers(found, out)
+    _write_numbers(found, out, 1)
 
-def _write_numbers(found, out):
-    "Write what was found, and say where."
+def _write_numbers(found, out, sheets):
+    "Write what was found, say where, and remove the sheets that an earlier run had more."
     from eva_session9.save_load import write_atomically
+    for path in out.glob('heatmaps-*.png'):
+        number = path.stem.removeprefix('heatmaps-')
+        if number.isdigit() and int(number) > sheets: path.unlink()
     write_atomically(out / 'heatmaps.json', json.dumps(found, indent=1).encode())
     print(out / 'heatmaps.json')
 

@@ -90,7 +90,10 @@ def test_a_folder_with_many_becomes_several_sheets(tmp_path):
         for i in range(21): photograph.crop((5 * i, 5 * i, 5 * i + 400, 5 * i + 400)).resize((40, 40)).save(tmp_path / f'{i:02}.png')
     assert not eva9_explain(str(tmp_path), layers='layer4', out=str(tmp_path / 'out'))
     assert len(explained(tmp_path / 'out')) == 21
-    assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-2.png', 'heatmaps.png']
+    (tmp_path / 'out' / 'heatmaps-mine.png').touch()
+    assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-2.png', 'heatmaps-mine.png', 'heatmaps.png']
+    assert not eva9_explain(str(tmp_path / '00.png'), layers='layer4', out=str(tmp_path / 'out'))
+    assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-mine.png', 'heatmaps.png']  # nothing of the longer run
 
 
 def test_a_sheet_of_many_methods_and_layers_has_fewer_rows(tmp_path):
