@@ -83,11 +83,6 @@ def _key(transform, seed, epoch, index):
     generator = np.random.default_rng((seed, epoch, index))
     transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
 
-def _check_compose(transform):
-    "Raise for transforms of another library, which no key decides about."
-    if not isinstance(transform, A.Compose):
-        raise TypeError(f'transform: found {type(transform).__module__}.{type(transform).__name__}, expected an albumentations.Compose, as `train_transforms` gives it')
-
 # %% ../nbs/02_preprocessing.ipynb #30fbd07d
 class KeyedDataset(Dataset):
     "Transformed images and labels, addressed by (epoch, index)."
@@ -105,6 +100,11 @@ class KeyedDataset(Dataset):
         _key(self.transform, self.seed, epoch, index)
         told = {'key': (self.seed, int(epoch), int(index))} if 'key' in self.transform.available_keys else {}
         return self.transform(image=self.images.images[index], **told)['image'], int(self.images.labels[index])
+
+def _check_compose(transform):
+    "Raise for transforms of another library, which no key decides about."
+    if not isinstance(transform, A.Compose):
+        raise TypeError(f'transform: found {type(transform).__module__}.{type(transform).__name__}, expected an albumentations.Compose, as `train_transforms` gives it')
 
 # %% ../nbs/02_preprocessing.ipynb #d7cade49
 class KeyedSampler(Sampler):
