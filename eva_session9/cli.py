@@ -88,7 +88,7 @@ def eva9_train(
     out: str = 'eva9-train',  # folder for checkpoints, model, numbers and figures
 ):
     "Train a ResNet by a recipe, test it after each epoch, and draw what it learned."
-    with _one_line_errors('eva9_train'), _distributed():
+    with _one_line_errors('eva9_train'), _distributed() as process:
         from torch.backends import cudnn
         from eva_session9.config import seed_everything
         from eva_session9.engine import _place, fit, test
@@ -100,7 +100,7 @@ def eva9_train(
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
-        if _place()[0]: return  # of several processes, the first writes
+        if process: return  # of several, the first writes
         evaluation = test(model, test_batches, history.precision)
         history.command = _launcher(_place()[1]) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
         tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
@@ -115,7 +115,7 @@ def eva9_train(
 def _distributed():
     "`engine.distributed`, which loads PyTorch only now."
     from eva_session9.engine import distributed
-    with distributed(): yield
+    with distributed() as process: yield process
 
 def _launcher(processes):
     "What starts so many processes of a command."
@@ -192,6 +192,7 @@ def eva9_find_lr(
         found = replace(recipe, lr=curve.lr, muon_lr=recipe.muon_lr * curve.lr / recipe.lr)  # swept together
         write_atomically(out / 'recipe.json', json.dumps(asdict(found), indent=1).encode())
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
+        if recipe.warmup: print('the recipe lowers its rate to zero, so up to three times the suggested one is worth a try')
         again = _command('eva9_train', data, (out / 'recipe.json').as_posix(), root=root, limit=limit)
         print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
 

@@ -707,13 +707,15 @@ def _same_machine(history, state, device):
 
 # %% ../nbs/06_engine.ipynb #ed3877bd
 @contextmanager
-def distributed():
-    "Join the processes that `torchrun` has started, for the length of the block; without it, do nothing. More processes than GPUs raise `ValueError`."
-    if 'TORCHELASTIC_RUN_ID' not in os.environ: return (yield)
+def distributed() -> Iterator[int]:
+    """Join the processes that `torchrun` has started, for the length of the block, and give the number of this one; without it, 0.
+
+    More processes than GPUs raise `ValueError`."""
+    if 'TORCHELASTIC_RUN_ID' not in os.environ: return (yield 0)
     gpus, place = torch.cuda.device_count(), int(os.environ['LOCAL_RANK'])
     if 0 < gpus <= place: raise ValueError(f'found {gpus} GPUs for {os.environ["LOCAL_WORLD_SIZE"]} processes, expected one for each')
     if gpus: torch.cuda.set_device(place)
     dist.init_process_group('nccl' if gpus else 'gloo')
-    yield
+    yield dist.get_rank()
     gc.collect()  # a network that is in a cycle of references would outlive the group, and then end the process
     dist.destroy_process_group()  # not after an error, for it would wait for the others

@@ -186,7 +186,7 @@ def road_score(model: nn.Module,
                fractions: Sequence[float] = FRACTIONS,  # shares of pixels to remove
                seed: int = 0                            # of the noise, and of the order of equal pixels
                ) -> Tensor:
-    "Half of what removing the smallest pixels keeps beyond removing the largest, (N,): higher is better, 0 for a random map."
+    "Half the difference between the confidence left without the smallest pixels and that left without the largest, (N,): higher is better, 0 for a random map."
     maps = _fitting(maps, images)
     smallest, largest = (road(model, images, signed, target, fractions, seed) for signed in (-maps, maps))
     return (smallest - largest).mean(1) / 2
