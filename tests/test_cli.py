@@ -66,6 +66,14 @@ def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):
     assert last.endswith(f"eva9_train --data shapes --config '{out}/recipe.json' --limit 32")
 
 
+@pytest.mark.parametrize('config, hinted', [('session9', False), ('laptop', True)])
+def test_where_the_rate_falls_to_zero_a_higher_one_is_hinted_at(config, hinted, tmp_path, capsys, monkeypatch):
+    lrs = np.geomspace(1e-5, 1, 100)
+    monkeypatch.setattr('eva_session9.lr_finder.find_lr', lambda *_, **__: LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist()))
+    eva9_find_lr(data='shapes', config=config, limit=32, out=str(tmp_path))
+    assert ('up to three times the suggested one' in capsys.readouterr().out) == hinted
+
+
 def test_rates_that_are_swept_together_are_suggested_together(tmp_path, monkeypatch):
     lrs = np.geomspace(1e-5, 1, 100)
     monkeypatch.setattr('eva_session9.lr_finder.find_lr', lambda *_, **__: LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist()))
