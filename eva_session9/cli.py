@@ -182,10 +182,10 @@ def eva9_find_lr(
         from eva_session9.visual import plot_lr
         recipe, sets, out = _config(config), _sets(data, root, limit), Path(out)
         _check_writable(out)
-        (out / 'recipe.json').unlink(missing_ok=True)  # of an earlier sweep, should this one suggest nothing
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
         curve = find_lr(model, recipe_batches(recipe, *sets)[0], recipe, start=start, end=end, steps=steps)
+        if Path(config).absolute() != (out / 'recipe.json').absolute(): (out / 'recipe.json').unlink(missing_ok=True)  # of another sweep
         record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, start=start, end=end, steps=steps, limit=limit)}
         write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
         _draw([('find_lr', plot_lr(curve))], out)

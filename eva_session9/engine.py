@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
@@ -120,8 +121,10 @@ def _begun(batches, label):
     return tqdm(iter(batches), label, length_hint(batches) or None, leave=False, disable=_place()[0] > 0)
 
 def _place():
-    "The number of this process, and of all that train together."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    "The number of this process, and of all that train together: those inside `distributed`."
+    return (dist.get_rank(), dist.get_world_size()) if _together else (0, 1)
+
+_together = False
 
 def _summed(device, *numbers):
     "The numbers, each summed over all processes that train together."
@@ -157,6 +160,7 @@ class Evaluation:
     labels: Tensor # int64 (N,), on the CPU
 
     def __post_init__(self):
+        if not len(self.labels): return
         least, most, k = self.labels.min().item(), self.labels.max().item(), self.logits.shape[1]
         if least < 0 or most >= k: raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} outputs')
 
@@ -480,17 +484,19 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     compile), for batches that depend on nothing but `set_epoch` and torch's global generators. A loss or weights that are not
     finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that holds a run
     `FileExistsError` without `resume`, and one that another process trains in, with it too; one that holds another run, batches
-    of another recipe and labels beyond the model's outputs `ValueError`."""
+    of another recipe and labels beyond the model's outputs `ValueError`. What is no recipe and what are no batches raise `TypeError`,
+    a folder that cannot be written, or that another version wrote, `CheckpointError`. Inside `distributed`, all processes call it alike."""
     _check_config(config)
     _check_batches(train_batches, config)
     _check_test_batches(test_batches)
     if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
     device = pick_device(device)
     if device.type == 'cpu': _keep_memory()
+    _check_shares(train_batches, config)
     for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
     with _alone(out):
-        history, state, drawn = _by_first(lambda: (*_start(model, train_batches, config, device, out, resume), torch.get_rng_state()))
-        torch.set_rng_state(drawn)
+        history, state = _by_first(lambda: _start(model, train_batches, config, device, out, resume))
+        if _place()[0] and not state and config.precision == 'auto': next(iter(train_batches))  # which the first has drawn to measure
         network, one_step = _fastest(prepare(model, history.precision), config, device)
         parts = _parts(model, config, len(train_batches))
         if state: _restore(parts, state, out)
@@ -507,6 +513,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
 def _epoch(network, step, parts, train_batches, test_batches, config, precision, epoch):
     "Train for one epoch and test, if there is something to test on; the scores by name."
     if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
+    _same_draws(next(network.parameters()).device)
     trained = train(network, _shared(train_batches, network), parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
     _agree(parts['model'])
     _check_finite(parts['model'], epoch)
@@ -576,10 +583,32 @@ def _shared(batches, model):
     return batches if _place()[1] == 1 else _Share(batches, next(model.parameters()).device)
 
 def _by_first(function):
-    "What the first process gets from the function, for all of them; the others wait for it."
-    found = [function() if _place()[0] == 0 else None]
-    if _place()[1] > 1: dist.broadcast_object_list(found)
+    "What the first process gets from the function, or its error, for all of them; the others wait for it."
+    if _place()[1] == 1: return function()
+    found = [None, None]
+    try: found[0] = function() if _place()[0] == 0 else None
+    except Exception as error: found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1]: raise found[1]
     return found[0]
+
+def _same_draws(device):
+    "Go on from the generators of the first process, so that batches which are shuffled by them are the same in all."
+    if _place()[1] == 1: return
+    cpu, gpu = _by_first(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None))
+    torch.set_rng_state(cpu)
+    if gpu is not None: torch.cuda.set_rng_state(gpu, device)
+
+def _check_shares(batches, config):
+    "Raise for batches that several processes cannot share."
+    n = _place()[1]
+    if n == 1: return
+    if isinstance(getattr(batches, 'sampler', None), DistributedSampler):
+        raise ValueError('train_batches: found a DistributedSampler, but every batch is shared here; leave it out')
+    if config.batch_size % n: raise ValueError(f'batch_size: found {config.batch_size} for {n} processes, expected a multiple of {n}')
+    if not hasattr(batches, 'indices'): return
+    last = len(batches.dataset) - (len(batches) - 1) * batches.batch_size
+    if last < n: raise ValueError(f'the last batch has {last} images for {n} processes; add or take away some images, or drop it (drop_last)')
 
 def _agree(model):
     "Give all processes the buffers of the first; gradients, and so weights, are the same already."
@@ -598,7 +627,7 @@ def _check_config(config):
 def _check_test_batches(batches):
     "Raise for what cannot be tested on epoch after epoch; none at all is fine."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('test'))
-    if not isinstance(batches, Iterable | None): raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
+    if batches is not None and not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'): raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
 
 def _check_batches(batches, config):
     "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
@@ -614,7 +643,7 @@ def _check_batches(batches, config):
 def _check_classes(model, batches):
     "Raise for labels that the model has no output for: on a GPU, they would end the process's work there."
     images = getattr(getattr(batches, 'dataset', None), 'images', None)
-    if not isinstance(images, ImageSet): return
+    if not isinstance(images, ImageSet) or not hasattr(batches, 'indices'): return
     x, y = batches.dataset[0, 0]
     n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
     if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
@@ -630,14 +659,18 @@ def _check_writable(out):
 @contextmanager
 def _alone(out):
     "Hold the folder of a run, if there is one, so that no other process trains in it meanwhile."
-    if out is None or _place()[0] > 0: return (yield)
-    _check_writable(Path(out))
-    lock = FileLock(Path(out) / '.lock', timeout=0)
-    try: lock.acquire()
-    except Timeout: raise FileExistsError(f'{out}: another process trains in this folder; wait for it, or choose another folder') from None
-    except NotImplementedError: pass  # a file system without locks
+    if out is None: return (yield)
+    lock = FileLock(Path(out) / '.lock', timeout=0, fallback_to_soft=False)
+    _by_first(partial(_take, lock, Path(out)))
     try: yield
     finally: lock.release()
+
+def _take(lock, out):
+    "Take the lock of a folder, if its file system has locks."
+    _check_writable(out)
+    try: lock.acquire()
+    except Timeout: raise FileExistsError(f'{out}: another process trains in this folder (it holds {lock.lock_file}); wait for it, or choose another folder') from None
+    except (NotImplementedError, OSError): pass
 
 def _settled(precision, model, batches, device):
     "The precision itself, or for 'auto' the faster one on the first batch."
@@ -671,8 +704,8 @@ def _start(model, batches, config, device, out, resume):
 def _read_run(out):
     "The record in the newest checkpoint, and the checkpoint; or an error, where this version of `fit` cannot go on with it."
     state = load_checkpoint(out)
-    missing = [name for name in ('model', 'optimizer', 'schedule', 'rng', 'history', 'data', 'threads') if name not in state]
     try:
+        missing = [name for name in ('model', 'optimizer', 'schedule', 'rng', 'history', 'data', 'threads') if name not in state]
         if missing: raise ValueError(f"it lacks {', '.join(missing)}")
         return History.from_dict(state['history']), state
     except (KeyError, TypeError, ValueError) as error:
@@ -710,12 +743,16 @@ def _same_machine(history, state, device):
 def distributed() -> Iterator[int]:
     """Join the processes that `torchrun` has started, for the length of the block, and give the number of this one; without it, 0.
 
-    More processes than GPUs raise `ValueError`."""
+    More processes than GPUs raise `ValueError`, and a second block `RuntimeError`: `torchrun` lets processes join once."""
+    global _together
     if 'TORCHELASTIC_RUN_ID' not in os.environ: return (yield 0)
+    if _together is not False: raise RuntimeError('distributed() was entered before; put all of the training into one block')
     gpus, place = torch.cuda.device_count(), int(os.environ['LOCAL_RANK'])
     if 0 < gpus <= place: raise ValueError(f'found {gpus} GPUs for {os.environ["LOCAL_WORLD_SIZE"]} processes, expected one for each')
     if gpus: torch.cuda.set_device(place)
-    dist.init_process_group('nccl' if gpus else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+    _together = True
     yield dist.get_rank()
+    _together = None
     gc.collect()  # a network that is in a cycle of references would outlive the group, and then end the process
     dist.destroy_process_group()  # not after an error, for it would wait for the others

@@ -239,7 +239,7 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Leaves no trace.
 
     Ends early where the loss diverges or is no number; where the very first one is none, raises `FloatingPointError`.
-    Batches that can be read only once raise `ValueError`, those that a GPU has no room for `MemoryError`. Each of the curve's `caveats` is raised as a warning."""
+    Batches that can be read only once and labels beyond the model's outputs raise `ValueError`, batches that a GPU has no room for `MemoryError`, what is no recipe and what are no batches `TypeError`. Each of the curve's `caveats` is raised as a warning."""
     _check(batches, config, start, end, steps)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:

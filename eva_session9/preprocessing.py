@@ -17,6 +17,7 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 
 # %% ../nbs/02_preprocessing.ipynb #42971221
 import random
+from itertools import zip_longest
 
 import albumentations as A
 import cv2
@@ -43,6 +44,7 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
               std: tuple[float, ...]     # of each channel, in [0, 1] units
              ) -> torch.Tensor:          # float32 (N, 3, H, W)
     "A few images as a tested model sees them; for a whole set there is `loader`. Images of another type or form raise `ValueError`."
+    images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3: raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)')
     transform = test_transforms(mean, std)
     return torch.stack([transform(image=image)['image'] for image in images])
@@ -90,7 +92,7 @@ class KeyedDataset(Dataset):
                  images: ImageSet,     # the set
                  transform: A.Compose, # its last step is ToTensorV2
                  seed: int):           # of the augmentation
-        _check_compose(transform)
+        _check_transform(transform, A.BaseCompose | A.BasicTransform)
         self.images, self.transform, self.seed = images, transform, seed
 
     def __len__(self): return len(self.images)
@@ -101,9 +103,9 @@ class KeyedDataset(Dataset):
         told = {'key': (self.seed, int(epoch), int(index))} if 'key' in self.transform.available_keys else {}
         return self.transform(image=self.images.images[index], **told)['image'], int(self.images.labels[index])
 
-def _check_compose(transform):
-    "Raise for transforms of another library, which no key decides about."
-    if not isinstance(transform, A.Compose):
+def _check_transform(transform, kind):
+    "Raise for what no key decides about, or has no twins."
+    if not isinstance(transform, kind):
         raise TypeError(f'transform: found {type(transform).__module__}.{type(transform).__name__}, expected an albumentations.Compose, as `train_transforms` gives it')
 
 # %% ../nbs/02_preprocessing.ipynb #d7cade49
@@ -159,7 +161,7 @@ def loader(images: ImageSet,     # the set
            shuffle: bool = True, # a new order each epoch
            **options             # of `DataLoader`: `persistent_workers`, `multiprocessing_context`, `pin_memory`, ...
           ) -> KeyedLoader:
-    "Batches (x, y): float (B, 3, H, W), normalised, and int64 (B,)."
+    "Batches (x, y): float (B, 3, H, W), normalised, and int64 (B,). Transforms of another library raise `TypeError`."
     return KeyedLoader(KeyedDataset(images, transform, seed), batch_size, shuffle, num_workers=num_workers, **options)
 
 # %% ../nbs/02_preprocessing.ipynb #04fe3221
@@ -396,7 +398,7 @@ class BatchedDataset:
 # %% ../nbs/02_preprocessing.ipynb #676cb7b3
 def _twins(transform, device):
     "The twins of a declaration, in its order."
-    _check_compose(transform)
+    _check_transform(transform, A.Compose)
     if transform.p != 1: raise ValueError(f'Compose has batched twins only for p=1, found {transform.p}')
     names = [type(t).__name__ for t in transform.transforms]
     if names[-2:] != ['Normalize', 'ToTensorV2'] or 'Normalize' in names[:-2]:
@@ -441,10 +443,10 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
                    train_set: ImageSet, # whose mean and standard deviation normalise both
                    test_set: ImageSet   # in this order
                   ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
-    "What a recipe trains on, augmented, and what it is tested on. Images that are no squares, and sets of different classes, raise `ValueError`."
-    _check_sets(train_set, test_set)
+    "What a recipe trains on, augmented, and what it is tested on. Sets of different classes, and for a crop or `sizes` images that are no squares, raise `ValueError`."
+    _check_sets(config, train_set, test_set)
     mean, std = train_set.stats()
-    augment, plain = train_transforms(mean, std, config, train_set.images.shape[1]), test_transforms(mean, std)
+    augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)
     if config.batched:  # a last batch that is smaller would have to be compiled anew
         return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
                 Batches(test_set, plain, 500, shuffle=False))
@@ -453,10 +455,12 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
     return (loader(train_set, augment, config.batch_size, config.seed, workers, pin_memory=not on_cpu, persistent_workers=workers > 0),
             loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
 
-def _check_sets(train_set, test_set):
-    "Raise for sets that do not belong together, or that a crop and a card, which know one size, do not fit."
+def _check_sets(config, train_set, test_set):
+    "Raise for sets that do not belong together, or that are no squares where the recipe makes some."
     for images in (train_set, test_set):
         height, width = images.images.shape[1:3]
-        if height != width: raise ValueError(f'found images of {height} x {width} pixels, expected squares; `fit_square` makes them')
-    if train_set.classes != test_set.classes:
-        raise ValueError(f'classes: found {train_set.classes[:10]} in the training set and {test_set.classes[:10]} in the test set, expected the same in the same order')
+        if height != width and (config.crop or config.sizes):
+            raise ValueError(f'found images of {height} x {width} pixels, expected squares, as the recipe has a crop or sizes; `fit_square` makes them')
+    if train_set.classes == test_set.classes: return
+    first = next(pair for pair in zip_longest(train_set.classes, test_set.classes) if pair[0] != pair[1])
+    raise ValueError('classes: found {!r} in the training set where the test set has {!r}, expected the same in the same order'.format(*first))

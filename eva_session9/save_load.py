@@ -135,7 +135,7 @@ def load_checkpoint(path: str | Path # a checkpoint, or the folder of a run for 
                    ) -> dict: # the state, on the CPU
     "The state in `path`, verified. A folder falls back, with a warning, to an older checkpoint where the newest is damaged."
     path = Path(path)
-    if not path.is_dir(): return _read(path.with_suffix('.json'))
+    if not path.is_dir(): return _read(path.with_suffix('.json') if path.suffix == '.pt' else path)
     found = checkpoints(path)
     if not found: raise CheckpointError(f'{path}: holds no finished checkpoint')
     for manifest in reversed(found):

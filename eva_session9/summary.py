@@ -20,7 +20,8 @@ class _Table(torchinfo.ModelStatistics):
     def __repr__(self):
         units = {'MEGABYTES': 'millions', 'GIGABYTES': 'billions', 'TERABYTES': 'trillions'}
         return re.sub(r'\(Units\.(\w+)\)', lambda unit: f'({units[unit[1]]})', super().__repr__())
-#| exports
+
+# %% ../nbs/04_summary.ipynb #5d0f2a11
 def summary(model: nn.Module,                       # any network for images
             size: tuple[int, int, int] = (3, 32, 32) # channels, height and width of one image
            ) -> torchinfo.ModelStatistics: # shows itself as a table; `.total_params`, `.total_mult_adds`

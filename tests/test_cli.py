@@ -1,5 +1,5 @@
 "What the commands say before they work, and when they cannot."
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,8 @@ def test_two_processes_train_as_one(tmp_path):
     command = ['eva9_train', '--data', 'shapes', '--config', 'mine.json', '--limit', '32']
     launcher = ['torchrun', '--standalone', '--nproc-per-node', '2', '--no-python']
     scripts = Path(sys.executable).parent
-    done = subprocess.run([scripts / launcher[0], *launcher[1:], scripts / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([scripts / launcher[0], *launcher[1:], scripts / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('test accuracy') == 1
     record = json.loads((tmp_path / 'eva9-train' / 'history.json').read_text())

@@ -1,4 +1,5 @@
-"Two processes that torchrun starts end alike: weights, running statistics and records, whatever each was seeded with."
+"Two processes that torchrun starts end alike: weights, running statistics, records and errors, whatever each was seeded with."
+import os
 import subprocess
 import sys
 
@@ -9,24 +10,41 @@ SCRIPT = '''
 import os, sys
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from eva_session9 import engine
 from eva_session9.config import Config, seed_everything
-from eva_session9.engine import distributed, fit
 
+process = os.environ.get('RANK', 'alone')
+engine.faster_precision = lambda *_: 'fp32' if process in ('0', 'alone') else 'bf16'
 seed_everything(0)
 images, labels = torch.randn(24, 3, 8, 8), torch.arange(24) % 4
 
-def run(name, *layers, **changes):
-    seed_everything(int(os.environ.get('RANK', 0)))
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), *layers, nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
-    batches = DataLoader(TensorDataset(images, labels), 8, shuffle=True)  # by the global generator
-    recipe = Config(epochs=2, batch_size=8, lr=0.05, **{'precision': 'fp32', **changes})
-    history = fit(model, batches, None, recipe, 'cpu', f'{sys.argv[1]}/{name}')
-    return {'state': model.state_dict(), 'losses': [epoch['train_loss'] for epoch in history.epochs], 'precision': history.precision}
+def run(name, *layers, n=24, loader={}, **changes):
+    seed_everything(0 if process == 'alone' else int(process))
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 3), *layers, nn.ReLU(), nn.Flatten(), nn.Linear(144, 4)), []
+    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0][:, 0, 0, 0]) if model.training else None)
+    batches = DataLoader(TensorDataset(images[:n], labels[:n]), **{'batch_size': 8, 'shuffle': True, **loader})
+    recipe = Config(**{'epochs': 2, 'batch_size': 8, 'lr': 0.05, 'precision': 'fp32', **changes})
+    history = engine.fit(model, batches, None, recipe, 'cpu', f'{sys.argv[1]}/{name}')
+    return {'state': model.state_dict(), 'losses': [epoch['train_loss'] for epoch in history.epochs], 'precision': history.precision, 'seen': torch.cat(seen)}
 
-with distributed():
-    found = {'plain': run('plain'), 'norm': run('norm', nn.BatchNorm2d(4), lookahead=2, muon_lr=0.02), 'auto': run('auto', precision='auto')}
-torch.save(found, f"{sys.argv[1]}/{os.environ.get('RANK', 'alone')}.pt")
+def refused(*arguments, **options):
+    try: run(*arguments, **options)
+    except (ValueError, FileExistsError) as error: return str(error)
+
+with engine.distributed() as number:
+    found = {'number': number,
+             'plain': run('plain'),
+             'norm': run('norm', nn.BatchNorm2d(4), lookahead=2, muon_lr=0.02),
+             'auto': run('auto', precision='auto', loader={'generator': torch.Generator().manual_seed(7)}),
+             'dropout': run('dropout', nn.Dropout(), n=23),
+             'again': refused('plain')}
+    if process != 'alone': found['sampler'] = refused('sampler', loader={'shuffle': False, 'sampler': DistributedSampler(images)})
+    if process != 'alone': found['odd'] = refused('odd', loader={'batch_size': 9}, batch_size=9)
+torch.save(found, f'{sys.argv[1]}/{process}.pt')
+try:
+    with engine.distributed(): pass
+except RuntimeError as error: print(error)
 '''
 
 
@@ -35,8 +53,9 @@ def ended(folder, *launcher):
     folder.mkdir()
     script = folder / 'train.py'
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count('put all of the training into one block') == (2 if launcher else 0)
     return {path.stem: torch.load(path) for path in folder.glob('*.pt')}
 
 
@@ -47,20 +66,36 @@ def found(tmp_path_factory):
     return ended(folder / 'one') | ended(folder / 'two', *launcher)
 
 
-@pytest.mark.parametrize('run', ['plain', 'norm', 'auto'])
+def test_each_process_is_told_its_number(found): assert [found[name]['number'] for name in ('alone', '0', '1')] == [0, 0, 1]
+
+
+@pytest.mark.parametrize('run', ['plain', 'norm', 'auto', 'dropout'])
 def test_both_processes_end_alike(found, run):
     first, second = found['0'][run], found['1'][run]
-    assert first['losses'] == second['losses'] and first['precision'] == second['precision'] in ('fp32', 'bf16')
+    assert first['losses'] == second['losses'] and first['precision'] == second['precision'] == 'fp32'
     for name, value in first['state'].items(): assert torch.equal(value, second['state'][name]), name
 
 
-def test_they_end_as_one_process_does(found):
-    alone, together = found['alone']['plain'], found['0']['plain']
+@pytest.mark.parametrize('run', ['plain', 'auto'])
+def test_they_end_as_one_process_does(found, run):
+    alone, together = found['alone'][run], found['0'][run]
     assert together['losses'] == pytest.approx(alone['losses'], rel=1e-5)
     for name, value in alone['state'].items(): torch.testing.assert_close(together['state'][name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_running_statistics_are_those_of_the_first_share(found):
+@pytest.mark.parametrize('run', ['plain', 'auto', 'dropout'])
+def test_together_they_see_every_image_once_an_epoch(found, run):
+    alone, first, second = (found[name][run]['seen'] for name in ('alone', '0', '1'))
+    assert len(first) > len(alone) / 3 and torch.equal(torch.cat([first, second]).sort().values, alone.sort().values)
+
+
+def test_running_statistics_are_those_of_a_share(found):
     alone, together = (found[who]['norm']['state']['1.running_var'] for who in ('alone', '0'))
     assert not torch.allclose(together, alone, rtol=1e-6)
     assert together == pytest.approx(alone, rel=0.5)
+
+
+@pytest.mark.parametrize('kind, said', [
+    ('again', 'holds a run already'), ('sampler', 'found a DistributedSampler, but every batch is shared here'), ('odd', 'found 9 for 2 processes, expected a multiple of 2')])
+def test_all_processes_refuse_alike(found, kind, said):
+    assert said in found['0'][kind] and found['0'][kind] == found['1'][kind]
