@@ -627,7 +627,8 @@ def _check_config(config):
 def _check_test_batches(batches):
     "Raise for what cannot be tested on epoch after epoch; none at all is fine."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('test'))
-    if batches is not None and not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'): raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
+    if batches is None or hasattr(batches, '__iter__') or hasattr(batches, '__getitem__'): return
+    raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
 
 def _check_batches(batches, config):
     "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
@@ -669,7 +670,8 @@ def _take(lock, out):
     "Take the lock of a folder, if its file system has locks."
     _check_writable(out)
     try: lock.acquire()
-    except Timeout: raise FileExistsError(f'{out}: another process trains in this folder (it holds {lock.lock_file}); wait for it, or choose another folder') from None
+    except Timeout:
+        raise FileExistsError(f'{out}: another process trains in this folder (it holds {lock.lock_file}); wait for it, or choose another folder') from None
     except (NotImplementedError, OSError): pass
 
 def _settled(precision, model, batches, device):

@@ -94,7 +94,7 @@ def test_the_recorded_command_gives_the_recorded_recipe(name):
     assert changed(getattr(Config, given['--config'])(), settings) == config_from(run['config'])
 
 
-@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates', 'tuning_gpu'])
+@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates', 'tuning_gpu', 'tuning_zero'])
 def test_the_recorded_command_asks_the_recorded_question(name):
     run = json.loads((ROOT / f'results/{name}.json').read_text())
     words = shlex.split(run['command'])
