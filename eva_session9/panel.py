@@ -646,8 +646,8 @@ def newest_run(folder: str | Path = '.') -> Path | None:
 
 def _trained_on_shapes(card):
     "Is this the card of a model that `eva9_train --data shapes` wrote?"
-    try: return json.loads(card.read_text()).get('command', '').startswith('eva9_train --data shapes')
-    except (OSError, ValueError, AttributeError): return False
+    try: return 'eva9_train --data shapes' in json.loads(card.read_text()).get('command', '')  # `torchrun` may stand before it
+    except (OSError, ValueError, AttributeError, TypeError): return False
 
 def default_source() -> tuple[str, Path | None]:
     "'cifar10' and None if that set is here, else 'shapes' and the weights of the newest run; else `FileNotFoundError`."

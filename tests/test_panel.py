@@ -725,18 +725,19 @@ def test_with_nothing_to_show_it_says_what_to_run(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='run `eva9_train --data shapes`'): HeatmapPanel()
 
 
-def trained(folder, days):
+def trained(folder, days, launcher=''):
     "A model as `eva9_train --data shapes` leaves it, so many days ago."
     file = folder/'model.safetensors'
     save_model(resnet18(), file, dict(architecture='resnet18', classes=list(IMAGES.classes), mean=MEAN, std=STD, size=32,
-                                      command='eva9_train --data shapes'))
+                                      command=f'{launcher}eva9_train --data shapes'))
     os.utime(file.with_suffix('.json'), (time.time() - 86400 * days,) * 2)
     return file
 
 
 def test_with_nothing_given_it_takes_cifar10_or_else_the_newest_run(tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
-    files = [trained(tmp_path/name, days) for name, days in [('a', 3), ('b', 1), ('c', 2)]]
+    launched = [('a', 3, ''), ('b', 1, 'torchrun --standalone --nproc-per-node 2 --no-python '), ('c', 2, '')]
+    files = [trained(tmp_path/name, days, launcher) for name, days, launcher in launched]
     assert default_source() == ('shapes', files[1].relative_to(tmp_path))
     (cache/'eva_session9'/'cifar-10-batches-py').mkdir(parents=True)
     assert default_source() == ('cifar10', None)
