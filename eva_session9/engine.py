@@ -96,7 +96,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
           label: str = 'train',             # of the progress bar
           step: Callable = train_step       # what to do with a batch; called and answers as `train_step` does
          ) -> Scores:
-    "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try; a batch of another form raises `TypeError`."
+    "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try; a batch of another form raises `TypeError`. Inside `distributed`, all processes call it."
     device = next(model.parameters()).device
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
