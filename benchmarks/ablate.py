@@ -19,6 +19,8 @@ import argparse
 import json
 import math
 import multiprocessing
+import re
+import shlex
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -63,7 +65,7 @@ def variants(config):
 
 def asked_for(config, settings):
     "The recipe, and the recipe with each of the `field=value,field=value` settings."
-    return {WHOLE: config, **{setting: changed(config, setting.split(',')) for setting in settings}}
+    return {WHOLE: config, **{setting: changed(config, re.split(r',(?![^\[]*\])', setting)) for setting in settings}}
 
 
 def halved(images):
@@ -145,7 +147,7 @@ def save(args, runs, recipes):
     done = [run for group in runs.values() for run in group]
     result = {**compared(runs), 'question': question(args, recipes), 'trained': runs, 'versions': versions(),
               'command': command(args, 'ablate.py', **{'--jobs': args.jobs}) + ' --half' * args.half
-              + ''.join(f' --variant {variant}' for variant in args.variant),
+              + ''.join(f' --variant {shlex.quote(variant)}' for variant in args.variant),
               'hardware': ' and '.join(sorted({run['hardware'] for run in done})), 'seconds': round(sum(run['seconds'] for run in done), 1)}
     if args.out: write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
     return result

@@ -1,7 +1,7 @@
-"""Images per second of the two roads that augmentation can take, on this machine.
+"""Images per second of the two ways to augment, on this machine.
 
 `loader` transforms image by image in worker processes, `Batches` whole batches on the device. Both do what a recipe
-declares, on the same random 32 x 32 images, and end with normalised float batches. Workers are started and each road has
+declares, on the same random 32 x 32 images, and end with normalised float batches. Workers are started and each of the two has
 gone through the set once before the clock starts; the two then take turns. On a GPU, the time that `Batches` takes for a
 batch is also set against that of a whole training step with it; give more --images there, for epochs of some seconds.
 """

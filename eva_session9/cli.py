@@ -83,8 +83,8 @@ def eva9_train(
     root: str = None,         # folder of the CIFAR-10 files; your cache folder if not given
     config: str = 'session9', # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
     epochs: int = None,       # passes over the training set, instead of the recipe's
-    limit: int = None,        # use a sample of so many training and so many test images
-    resume: bool = False,     # go on with the run in `out`
+    limit: int = None,        # use at most this many training and this many test images
+    resume: bool = False,     # continue the run in `out`
     out: str = 'eva9-train',  # folder for checkpoints, model, numbers and figures
 ):
     "Train a ResNet by a recipe, test it after each epoch, and draw what it learned."
@@ -167,7 +167,7 @@ def eva9_find_lr(
     start: float = 1e-5,       # first learning rate
     end: float = 1.0,          # last learning rate
     steps: int = 100,          # training steps of the sweep
-    limit: int = None,         # use a sample of so many training images
+    limit: int = None,         # use at most this many training images
     out: str = 'eva9-find-lr', # folder for the curve and the numbers
 ):
     "Sweep the learning rate, and write the curve with its suggestions and a recipe that uses them."
@@ -201,14 +201,14 @@ def eva9_find_lr(
 def eva9_explain(
     *images: str,                            # image files (PNG, JPEG, WebP) or folders of them
     weights: str = None,                     # a model.safetensors that eva9_train wrote; the library's own if not given
-    method: str = 'GradCAM',                 # names in `gradcam.METHODS`, such as GradCAM,LayerCAM, with commas between
-    layers: str = 'layer2,layer3,layer4',    # names of layers, with commas between
+    method: str = 'GradCAM',                 # names in `gradcam.METHODS`, separated by commas, such as GradCAM,LayerCAM
+    layers: str = 'layer2,layer3,layer4',    # names of layers, separated by commas
     data: str = None,                        # 'cifar10', 'shapes', or a folder with classes: explain mistakes on its test images
     root: str = None,                        # folder of the CIFAR-10 files; your cache folder if not given
-    limit: int = None,                       # look for mistakes in a sample of so many test images
+    limit: int = None,                       # look for mistakes among at most this many test images
     out: str = 'eva9-explain',               # folder for the figure and the numbers
 ):
-    "Draw where a model saw the evidence for what it says of images."
+    "Draw where in an image a model saw the evidence for its prediction."
     with _one_line_errors('eva9_explain'):
         from eva_session9.save_load import load_model, pretrained
         from eva_session9.config import pick_device
@@ -314,12 +314,12 @@ def _write_numbers(found, out, sheets):
 # %% ../nbs/11_cli.ipynb #42c33088
 @call_parse
 def eva9_summary(
-    weights: str = None,        # a model.safetensors that eva9_train wrote; else the fresh network of --config
+    weights: str = None,        # a model.safetensors that eva9_train wrote; else the untrained network of --config
     config: str = 'session9',   # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
     size: int = 32,             # height and width of the images, pixels
     out: str = 'eva9-summary',  # folder for the table
 ):
-    "Print and keep the layers of a network: output shapes, parameters, multiply-adds."
+    "Print and save the layers of a network: output shapes, parameters, multiply-adds."
     with _one_line_errors('eva9_summary'):
         from eva_session9.models.resnet import make_model
         from eva_session9.save_load import load_model, write_atomically
@@ -337,9 +337,9 @@ def eva9_panel(
     data: str = None,          # 'cifar10', 'shapes', or a folder with classes; if not given, what the model was trained on
     root: str = None,          # folder of the CIFAR-10 files, which are then browsed; your cache folder if not given
     weights: str = None,       # a model.safetensors that eva9_train wrote; else the library's own, or for shapes your newest
-    limit: int = None,         # browse a sample of so many test images
-    port: int = 8866,          # of the address, 127.0.0.1; 0 for any that is free
-    no_browser: bool = False,  # only say the address
+    limit: int = None,         # browse at most this many test images
+    port: int = 8866,          # on 127.0.0.1; 0 for any that is free
+    no_browser: bool = False,  # only print the address
 ):
     "Open the heatmap panel as a web page; Ctrl-C ends it."
     with _one_line_errors('eva9_panel'):

@@ -19,11 +19,11 @@ import torch
 # %% ../nbs/00_config.ipynb #3943eb63
 @dataclass(frozen=True)
 class Config:
-    "The recipe of a training run. Immutable; impossible values raise `ValueError`, values of another type `TypeError`."
+    "The recipe of a training run. Immutable; impossible values raise `ValueError`, values of the wrong type `TypeError`."
     architecture: str = 'resnet18'  # name of a constructor in `models.resnet`
     epochs: int = 20                # passes over the training set
     batch_size: int = 32            # images per step
-    lr: float = 0.01                # learning rate of the first epoch; with `warmup` the highest
+    lr: float = 0.01                # learning rate of the first epoch; with `warmup`, the peak
     momentum: float = 0.9           # of SGD, in [0, 1)
     weight_decay: float = 0.0       # L2 penalty of SGD
     step_size: int = 6              # epochs between two drops of the learning rate
@@ -37,14 +37,14 @@ class Config:
     seed: int = 42                  # of weights, order and augmentation
 
     nesterov: bool = False          # Nesterov's form of momentum
-    muon_lr: float = 0.0            # highest learning rate of Muon on the convolutions; 0: SGD for all weights
-    warmup: float = 0.0             # share of the steps in which lr rises, to fall to 0 in the others; 0: `step_size` and `gamma`
+    muon_lr: float = 0.0            # peak learning rate of Muon, for the convolutions; 0: SGD for all weights
+    warmup: float = 0.0             # share of the steps in which lr rises; in the others it falls to 0. 0: `step_size` and `gamma` instead
     label_smoothing: float = 0.0    # share of the target that is spread over all classes
     lookahead: int = 0              # steps between two averagings of the weights; 0: none
     zero_gamma: bool = False        # residual blocks begin as the identity
     crop: int = 0                   # pixels of reflected border that a random crop may reach into; 0: no crop
     alternating_flip: bool = False  # flip each image in every other epoch, whatever `flip_p` says
-    sizes: tuple = ()               # pixels a side that images are resized to, the epochs shared out in this order; (): as they are
+    sizes: tuple = ()               # pixels a side that images are resized to, the epochs divided among them in this order; (): no resizing
     batched: bool = False           # augment whole batches on the device
     compile: bool = False           # on a GPU, fuse kernels and replay them as CUDA graphs
 
@@ -63,18 +63,18 @@ class Config:
 
     @classmethod
     def fast(cls) -> 'Config':
-        "For a GPU: 20 epochs with what published fast recipes use. Most numbers are theirs; which were compared, the notebook shows."
+        "For a GPU: 20 epochs with what published fast recipes use. Most numbers are theirs; the notebook shows which were chosen by comparison."
         return cls(batch_size=256, lr=0.25, nesterov=True, weight_decay=1e-3, warmup=0.2, label_smoothing=0.1, lookahead=5,
                    zero_gamma=True, rotate=0.0, cutout=0, crop=4, alternating_flip=True, muon_lr=0.08, batched=True, compile=True)
 
     @classmethod
     def laptop(cls) -> 'Config':
-        "For a processor: few epochs, the first on small images, and SGD alone."
-        return replace(cls.fast(), epochs=7, lr=0.4, muon_lr=0.0, sizes=(16, 24, 32), compile=False)
+        "For a processor: four epochs, the first on small images, without what pays off only in longer runs."
+        return replace(cls.fast(), epochs=4, muon_lr=0.16, sizes=(16, 24, 32), crop=2, lookahead=0, zero_gamma=False, compile=False)
 
     def size(self, epoch: int # 0, 1, 2, ...
             ) -> int | None: # pixels a side; None: as the images are
-        "The size that images are trained at in `epoch`: the epochs are shared out in the order of `sizes`, as evenly as whole epochs can be."
+        "The size of the images in `epoch`: the epochs are divided among `sizes`, in order and as evenly as whole epochs allow."
         return self.sizes[epoch * len(self.sizes) // self.epochs] if self.sizes else None
 
 # %% ../nbs/00_config.ipynb #8d722e25
@@ -110,7 +110,7 @@ def _check_together(config):
 # %% ../nbs/00_config.ipynb #54b88bd3
 def config_from(values: dict # field name -> value, as `dataclasses.asdict` gives them
                ) -> Config:
-    "The `Config` with these values. A name that is no field raises `ValueError` and names the closest one, what is no dictionary `TypeError`."
+    "The `Config` with these values. An unknown name raises `ValueError` with the closest field, anything but a dictionary `TypeError`."
     if not isinstance(values, dict): raise TypeError(f'found {type(values).__name__}, expected an object of field names and values')
     names = [f.name for f in fields(Config)]
     for name in values:
@@ -135,7 +135,7 @@ def rng_state() -> dict:
             'torch': torch.get_rng_state(), 'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 def set_rng_state(state: dict): # from `rng_state`
-    "Put the global generators back to where `rng_state` saw them."
+    "Restore the global generators to a state that `rng_state` returned."
     name, keys, *rest = state['numpy']
     random.setstate(state['python'])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

@@ -52,7 +52,7 @@ class ImageSet:
 
     @cached_property
     def sha256(self) -> str:
-        "What tells one set from another: a hash of its pixels, labels and class names."
+        "A hash of the pixels, labels and class names, to tell one set from another."
         digest = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
         for array in (self.images, self.labels): digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
@@ -79,7 +79,7 @@ def _check_set(s):
 # %% ../nbs/01_data.ipynb #c75577c5
 def cifar10(root: str | Path | None = None # folder of the official files; None: the user's cache folder
            ) -> tuple[ImageSet, ImageSet]: # the 50,000 training and the 10,000 test images
-    """CIFAR-10, downloaded when absent. Where that fails, or a file is not as published: `FileNotFoundError`.
+    """CIFAR-10, downloaded when absent. A failed download or a file that is not as published raises `FileNotFoundError`.
 
     Source: [Krizhevsky 2009](https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf)."""
     from fastcore.xdg import xdg_cache_home
@@ -99,10 +99,10 @@ MAX_PIXELS = 16_000_000  # of an image, known before it is decoded
 # %% ../nbs/01_data.ipynb #9f6d2d57
 def read_image(file: str | Path | BinaryIO # a path, or a file open for reading bytes
               ) -> np.ndarray: # uint8 (H, W, 3), RGB
-    """A PNG, JPEG or WebP image of any mode as RGB. Another format, damage or too large a size raises `ValueError`.
+    """A PNG, JPEG or WebP image of any mode, as RGB. Another format, a damaged file or too large an image raises `ValueError`.
 
-    Turned upright as its EXIF says. Gray is repeated, of 16-bit gray the upper eight bits count, transparency is laid
-    on white, palettes and CMYK are converted without colour profiles, and of an animation the first frame is taken."""
+    Turned upright as its EXIF says. Gray is repeated, 16-bit gray keeps its upper eight bits, transparency is laid
+    on white, palettes and CMYK are converted without colour profiles, and an animation gives its first frame."""
     data, name = _read_bytes(file)
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
@@ -158,10 +158,10 @@ def image_folder(path: str | Path, # holds `train` and `test` with class folders
                  size: int = 32,   # pixels a side
                  seed: int = 0     # of the split, where there is no `test`
                 ) -> tuple[ImageSet, ImageSet]: # train and test
-    """Images in one folder a class, as squares. Without `train` and `test`, a fifth of each class becomes the test set.
+    """Images in one folder per class, as squares. Without `train` and `test`, a fifth of each class becomes the test set.
 
-    A file that is no image, an empty class and a class in one part only raise `ValueError`, which names them.
-    Names that begin with a dot are passed over."""
+    Files that are not images, empty classes and classes in one part only raise `ValueError`, which names them.
+    Names that begin with a dot are skipped."""
     if size < 1: raise ValueError(f'size: found {size}, expected 1 or more pixels a side')
     train, test = _parts(Path(path), seed)
     lone = sorted(train.keys() ^ test.keys())
@@ -269,7 +269,7 @@ def shapes(n: int,                         # images; the classes take turns
            ground_seed: int | None = None, # of the grounds; None: `seed`
            erase: bool = False             # leave the shapes out, but not their labels and masks
           ) -> ImageSet: # its masks are the pixels that a shape touches
-    "Ten shapes on textured grounds; neither colour nor ground tells the class. Image i depends on seeds and i alone."
+    "Ten shapes on textured grounds; neither colour nor ground tells the class. Image i depends on the seeds and i alone."
     if n < 1 or size < 16: raise ValueError(f'found n={n}, size={size}; expected n of at least 1, size of at least 16')
     classes, ground_seed = tuple(_SHAPES), seed if ground_seed is None else ground_seed
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), bool)

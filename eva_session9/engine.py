@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
@@ -51,12 +52,20 @@ def train_step(model: nn.Module,                 # in train mode
     "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change."
     logits = forward(model, x, precision)
     loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-    finite = _answer(loss.isfinite())
+    total = _total(loss, model)
+    finite = _answer(total.isfinite())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if not finite(): raise FloatingPointError(_not_finite(loss, optimizer))
+    if not finite(): raise FloatingPointError(_not_finite(total, optimizer))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): optimizer.step()
     return loss.detach(), logits.detach()
+
+def _total(loss, model):
+    "The loss, or of a model that several processes train the sum of theirs, so that what is not finite stops all of them."
+    if not isinstance(model, DistributedDataParallel): return loss
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return total
 
 def _not_finite(loss, optimizer): return f'the loss is {loss.item()} at learning rate {optimizer.param_groups[0]["lr"]:.3g}'
 
@@ -75,7 +84,7 @@ def forward(model: nn.Module, # any classifier
             x: Tensor,        # images, float (B, 3, H, W)
             precision: str    # 'fp32' or 'bf16'
            ) -> Tensor:       # logits, float32 (B, K)
-    "The model's logits; 'bf16' means bfloat16 autocast with channels last. Another precision, and a model that gives anything else, raise `ValueError`."
+    "The model's logits; 'bf16' means bfloat16 autocast with channels last. Another precision raises `ValueError`, as does a model that gives anything but (B, K)."
     if precision not in ('fp32', 'bf16'): raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16', as `History.precision` has it")
     if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): logits = model(x)
@@ -94,7 +103,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
           optimizer: torch.optim.Optimizer, # of the model's parameters
           precision: str = 'fp32',          # 'fp32' or 'bf16'
           label: str = 'train',             # of the progress bar
-          step: Callable = train_step       # what to do with a batch; called and answers as `train_step` does
+          step: Callable = train_step       # what to do with a batch; same arguments and result as `train_step`
          ) -> Scores:
     "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try; a batch of another form raises `TypeError`. Inside `distributed`, all processes call it."
     device = next(model.parameters()).device
@@ -118,7 +127,11 @@ _NO_BATCHES = 'there are no batches to train on; the set is empty, or smaller th
 
 def _begun(batches, label):
     "One pass over the batches with a progress bar. Begun here, since `tqdm.auto` would begin it twice, workers included."
-    return tqdm(iter(batches), label, length_hint(batches) or None, leave=False, disable=_place()[0] > 0)
+    return _progress(iter(batches), label, length_hint(batches) or None, leave=False)
+
+def _progress(*arguments, **options):
+    "A progress bar, of several processes' the first one's."
+    return tqdm(*arguments, **options, **({'disable': True} if _place()[0] else {}))
 
 def _place():
     "The number of this process, and of all that train together: those inside `distributed`."
@@ -155,7 +168,7 @@ def _too_large(device, batch_size):
 # %% ../nbs/06_engine.ipynb #1fae09bc
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    "What a model said of a set; accuracy, mistakes and confusion are derived from it. Labels without an output raise `ValueError`."
+    "What a model predicted for a set; accuracy, mistakes and confusion are derived from it. Labels beyond the model's outputs raise `ValueError`."
     logits: Tensor # float32 (N, K), on the CPU
     labels: Tensor # int64 (N,), on the CPU
 
@@ -186,7 +199,7 @@ class Evaluation:
     def require(self,
                 images: ImageSet # the set that is said to have been tested
                ):
-        "Raise `ValueError` unless the evaluation is of these images in their order, as far as labels tell."
+        "Raise `ValueError` unless the evaluation is of these images in this order, as far as the labels tell."
         if len(self.labels) != len(images):
             raise ValueError(f'the evaluation is of {len(self.labels)} images, the set has {len(images)}')
         if self.labels.tolist() != images.labels.tolist():
@@ -242,7 +255,7 @@ def prepare(model: nn.Module, # changed in place
 # %% ../nbs/06_engine.ipynb #529cdf2d
 @dataclass
 class History:
-    "The record of a run: a dictionary an epoch, and what it takes to repeat it."
+    "The record of a run: a dictionary for each epoch, and what it takes to repeat the run."
     config: Config
     hardware: str
     versions: dict
@@ -353,7 +366,7 @@ def orthogonal(matrices: Tensor, # (B, M, N)
 
 # %% ../nbs/06_engine.ipynb #281f59e2
 class Lookahead:
-    """Slow weights that the network is put back to every few steps, and that it ends as.
+    """Slow weights, to which the network is reset every few steps and at the end.
 
     Source: [Zhang et al. 2019](https://arxiv.org/abs/1907.08610); the schedule of [Jordan 2024](https://arxiv.org/abs/2404.00498)."""
     def __init__(self,
@@ -382,7 +395,7 @@ class Lookahead:
         return {'slow': self.slow, 'done': self.done}
 
     def load_state_dict(self, state: dict): # from `state_dict`
-        "Go on where `state` was taken."
+        "Continue from where `state` was taken."
         self.done = state['done']
         for name, value in self.slow.items(): value.copy_(state['slow'][name])
 
@@ -401,9 +414,9 @@ def zero_gamma(model: nn.Module # changed in place
 
 # %% ../nbs/06_engine.ipynb #a1c0de02
 class Recorded:
-    """A function of tensors on a GPU. Its fourth call records it as a CUDA graph, and from then on it is replayed.
+    """A function of tensors on a GPU. Its fourth call is recorded as a CUDA graph, which is replayed from then on.
 
-    It must do the same work at every call. What it answers with is overwritten by the next call."""
+    It must do the same work at every call. Its result is overwritten by the next call."""
     def __init__(self,
                  function: Callable): # tensors in, a tuple of tensors or nothing out
         self.function, self.calls, self.graph = function, 0, None
@@ -430,7 +443,7 @@ def _aside(function, tensors):
 
 # %% ../nbs/06_engine.ipynb #a1c0de04
 class RecordedStep:
-    "`train_step` for a GPU, recorded for each shape of batches; called and answers as it does."
+    "`train_step` for a GPU, recorded once for each batch shape; same arguments and result."
     def __init__(self): self.recorded = {}
 
     def __call__(self, model, x, y, optimizer, precision='fp32', label_smoothing=0.0):
@@ -478,14 +491,14 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         out: str | Path | None = None,        # folder for a checkpoint an epoch
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
-    """Train by the recipe. Resumed after a kill, it ends with the weights of a run that was never cut. The model is left in train mode.
+    """Train by the recipe. Resumed after a kill, it ends with the weights of an uninterrupted run. The model is left in train mode.
 
-    That holds on the same machine (with a GPU, where `torch.backends.cudnn.deterministic` is set and the recipe does not
-    compile), for batches that depend on nothing but `set_epoch` and torch's global generators. A loss or weights that are not
-    finite raise `FloatingPointError`, batches that a GPU has no room for `MemoryError`, a folder that holds a run
-    `FileExistsError` without `resume`, and one that another process trains in, with it too; one that holds another run, batches
-    of another recipe and labels beyond the model's outputs `ValueError`. What is no recipe and what are no batches raise `TypeError`,
-    a folder that cannot be written, or that another version wrote, `CheckpointError`. Inside `distributed`, all processes call it alike."""
+    That holds on the same machine (with a GPU, if `torch.backends.cudnn.deterministic` is set and the recipe does not
+    compile), for batches that depend on nothing but `set_epoch` and torch's global generators. Raises `FloatingPointError` for a
+    loss or weights that are not finite, `MemoryError` for batches too large for a GPU, `FileExistsError` for a folder that holds
+    a run (unless `resume` is set) or that another process trains in, `ValueError` for a folder that holds another run, batches
+    of another recipe and labels beyond the model's outputs, `TypeError` for anything but a recipe and batches, and
+    `CheckpointError` for a folder that cannot be written to or that another version wrote. Inside `distributed`, all processes call it alike."""
     _check_config(config)
     _check_batches(train_batches, config)
     _check_test_batches(test_batches)
@@ -501,7 +514,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         parts = _parts(model, config, len(train_batches))
         if state: _restore(parts, state, out)
         step, done = partial(_step, one_step, parts, config), len(history.epochs)
-        for epoch in (bar := tqdm(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch', disable=_place()[0] > 0)):
+        for epoch in (bar := _progress(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
             start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
             scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
             history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
@@ -548,7 +561,7 @@ def _resized(x, size):
 
 def _fastest(model, config, device):
     "The network, and the step to train it by: of several processes' or, where the recipe says so and there is a GPU, with fused kernels and recorded."
-    if _place()[1] > 1: return nn.parallel.DistributedDataParallel(model), train_step
+    if _place()[1] > 1: return DistributedDataParallel(model), train_step
     if not config.compile or device.type != 'cuda': return model, train_step
     if find_spec('triton'): return torch.compile(model, dynamic=False), RecordedStep()
     warnings.warn('Triton is not installed, so kernels are not fused; install it for more speed')
@@ -568,7 +581,7 @@ class _Share:
     "The images of each batch that this process trains on."
     def __init__(self, batches, device):
         self.batches, self.device, (self.place, self.n) = batches, device, _place()
-        if hasattr(batches, 'indices'): self.indices = lambda step: batches.indices(step)[self.place::self.n]
+        if hasattr(batches, 'indices'): self.indices = batches.indices
 
     def __len__(self): return len(self.batches)
 
@@ -743,7 +756,7 @@ def _same_machine(history, state, device):
 # %% ../nbs/06_engine.ipynb #ed3877bd
 @contextmanager
 def distributed() -> Iterator[int]:
-    """Join the processes that `torchrun` has started, for the length of the block, and give the number of this one; without it, 0.
+    """Join the processes that `torchrun` has started, for the length of the block, and give the rank of this one; 0 without `torchrun`.
 
     More processes than GPUs raise `ValueError`, and a second block `RuntimeError`: `torchrun` lets processes join once."""
     global _together

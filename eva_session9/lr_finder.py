@@ -34,7 +34,7 @@ def local_lines(x: np.ndarray, # positions, (N,)
                 y: np.ndarray, # noisy values, (N,)
                 width: float   # standard deviation of the weights, in units of x
                ) -> tuple[np.ndarray, np.ndarray]: # value and slope of the line at each x, (N,) and (N,)
-    "Fit a straight line around every point, near points weighing most ([Cleveland 1979](https://doi.org/10.2307/2286407); the weights are Gaussian)."
+    "Local linear regression: fit a line around every point, near points weighing most ([Cleveland 1979](https://doi.org/10.2307/2286407); the weights are Gaussian)."
     d = x[None] - x[:, None]
     w = np.exp(-(d / width)**2 / 2)
     w0, w1, w2 = w.sum(1), (w * d).sum(1), (w * d**2).sum(1)
@@ -116,7 +116,7 @@ def lr(self: LRCurve) -> float:
 # %% ../nbs/07_lr_finder.ipynb #1f74260d
 @patch(as_prop=True)
 def caveats(self: LRCurve) -> list[str]:
-    "Reasons to look at the curve before trusting it; `find_lr` raises each as a warning."
+    "Reasons to look at the curve before trusting it; `find_lr` issues each as a warning."
     if reason := _unreadable(self): return [reason]
     found, values = [], self.suggestions.values()
     if len(self.lrs) < 3 * _FEWEST: found.append(f'{len(self.lrs)} points are few: raise `steps`')
@@ -228,7 +228,7 @@ _FROM_THE_START = 'the loss is no number before any step: look at the images and
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
-            batches: Iterable,                  # of (x, y); anything that can be read again and again, and is, where it is short
+            batches: Iterable,                  # of (x, y); re-iterable, and read again where it is short
             config: Config = Config.session9(), # the recipe: optimizer, precision, loss, and size of the first epoch's images
             optimizer: torch.optim.Optimizer | None = None, # of the model, to sweep with a copy of; None: the recipe's
             start: float = 1e-5,                # first learning rate
@@ -238,8 +238,8 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
            ) -> LRCurve:
     """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Leaves no trace.
 
-    Ends early where the loss diverges or is no number; where the very first one is none, raises `FloatingPointError`.
-    Batches that can be read only once and labels beyond the model's outputs raise `ValueError`, batches that a GPU has no room for `MemoryError`, what is no recipe and what are no batches `TypeError`. Each of the curve's `caveats` is raised as a warning."""
+    Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises `FloatingPointError`.
+    Batches that can be read only once and labels beyond the model's outputs raise `ValueError`, batches too large for a GPU `MemoryError`, and anything but a recipe and batches `TypeError`. Each of the curve's `caveats` is issued as a warning."""
     _check(batches, config, start, end, steps)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:

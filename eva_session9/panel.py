@@ -58,7 +58,7 @@ class View:
     predicted: int | str = 'any'                    # only images taken for this class
     confidence: tuple[float, float] = (0.0, 1.0)    # only images whose confidence is in this range
     order: str = 'most confident first'             # a key of `ORDERS`
-    place: int = 1                                  # in the list that these make; the first image is 1
+    place: int = 1                                  # position in the list that these fields select, from 1
     own: int | None = None                          # the uploaded image that is shown instead, if one is
     explain: int | str = 'predicted'                # a class, or 'predicted' or 'true': the image's own
     difference: bool = False                        # predicted minus true instead of a class
@@ -74,7 +74,7 @@ _LIST = {'show', 'true', 'predicted', 'confidence', 'order'}  # the fields that 
 def changed(view: View,
             **choices # fields of `View` that were chosen
            ) -> View:
-    "The view after a choice: another list begins at its first image, and a class is asked for alone."
+    "The view after a choice: a new list begins at its first image, and choosing a class turns `difference` off."
     follows = {}
     if _LIST & choices.keys(): follows |= {'place': 1, 'own': None}
     if 'place' in choices: follows |= {'own': None}
@@ -95,7 +95,7 @@ class Table:
 def tabulate(true: np.ndarray,              # classes, int64 (N,); -1: unknown
              logits: Tensor | None = None   # (N, K); None: not classified yet
             ) -> Table:
-    "The columns. Of images that are not classified, all are alike."
+    "The columns of a `Table`. Without logits, every image gets the same values."
     n = len(true)
     if logits is None: return Table(np.arange(n), true, np.full(n, -1), *np.zeros((3, n)))
     labels, finite = torch.from_numpy(true), logits.isfinite().all(1)
@@ -115,7 +115,7 @@ ORDERS = {  # what to say -> the column to sort by, and 1 for the smallest first
 def select(view: View,   # `show`, `true`, `predicted`, `confidence` and `order` count
            table: Table
           ) -> np.ndarray: # indices, int64
-    "The images that the view lists. Images alike stay in the order of the set."
+    "The images that the view lists. Ties stay in the order of the set."
     right, (low, high) = (table.predicted == table.true) & (table.true >= 0), view.confidence
     kept = {'wrong': ~right, 'right': right, 'all': np.ones_like(right)}[view.show]
     kept = kept & (table.confidence >= low) & (table.confidence <= high)
@@ -142,7 +142,7 @@ def probe(model: nn.Module, # an image classifier
 
 # %% ../nbs/10_panel.ipynb #4e630664
 def match_classes(images: ImageSet,            # the set
-                  names: Sequence[str] | None, # of the model's classes; None: nobody knows
+                  names: Sequence[str] | None, # of the model's classes; None: unknown
                   k: int                       # how many classes the model has
                  ) -> tuple[tuple[str, ...], np.ndarray]:
     "The names of the K classes, and each image's true class by the model's numbers, -1 where it has no such class."
@@ -213,12 +213,12 @@ def explain(model: nn.Module,        # an image classifier
 
 def takes_many_passes(method: str # a key of `gradcam.METHODS`
                      ) -> bool:
-    "Does the method run the network for every channel? Such methods let one choose how many channels at a time."
+    "Does the method run the network for every channel? Such methods take a `batch_size`."
     return 'batch_size' in signature(METHODS[method]).parameters
 
 # %% ../nbs/10_panel.ipynb #066591f3
 class Evidence(CAM):
-    "Not a map, but what the gradient methods make theirs of: activations, and gradients for every class."
+    "Keeps what the gradient methods make their maps from: activations, and gradients for every class."
     def raw_maps(self, seen: ForwardPass # one pass
                 ) -> dict[str, Tensor]:
         "Keep layer -> activation (1, C, h, w) and gradients (K, C, h, w); the maps it gives are of no use."
@@ -356,7 +356,7 @@ def map_caption(name: str,               # of the layer
                 raw: Tensor,             # its map, (h, w)
                 difference: bool = False # is it the difference of two maps?
                ) -> tuple[str, bool]:
-    "The layer, the true size of its map, its extremes, and what is wrong with it if anything is; and can it be drawn?"
+    "The layer, the true size of its map, its extremes, and what is wrong with it if anything is; and whether it can be drawn."
     (h, w), code, top = raw.shape, Status(Status.of(raw).item()), raw.abs().max()
     lines = [name, f'{h} x {w} cells', f'raw maximum {raw.max():.3g}']
     if difference:
@@ -454,7 +454,7 @@ def _contrast(raw, picked, method, logits):
 class Explorer:
     """A model, a set of images, what it says of them, and the heatmaps made so far: the panel without its widgets.
 
-    It works on a copy of the model, which later changes of the model do not reach.
+    It works on a copy of the model, so later changes to the model do not reach it.
     What is wrong with the model or the set as a whole is `problem`; images can then still be looked at.
     Arguments that do not fit each other raise `ValueError`."""
     def __init__(self,
@@ -476,13 +476,13 @@ class Explorer:
         self.adopt(evaluation)
 
     def adopt(self, evaluation: Evaluation | None):
-        "From now on, this is what the model says of the set."
+        "From now on, use this as the model's answers for the set."
         self.evaluation = evaluation
         self.table = tabulate(self.true, None if evaluation is None else evaluation.logits)
 
     @property
     def note(self) -> str:
-        "What has to be known of every page of this set."
+        "What every page of this set must mention; '' if nothing."
         strange = [name for name in self.images.classes if name not in self.classes]
         return f'The model has no class {", ".join(strange)}; images of it count as wrong. ' if strange else ''
 
@@ -605,7 +605,7 @@ def missing(self: Explorer,
 # %% ../nbs/10_panel.ipynb #dd1d555c
 @patch
 def page(self: Explorer, view: View) -> Page:
-    "What the view shows. Heatmaps that take many passes are shown if they are kept, and otherwise not made here."
+    "What the view shows. Heatmaps that take many passes are shown only if they were made before."
     picked = self.pick(view)
     if picked is None: return Page(self.note + nothing(view, self.classes))
     image, k = (png(picked.pixels), image_caption(picked, self.classes)), explained_class(view, picked)
@@ -665,7 +665,7 @@ def default_model_and_images() -> tuple[nn.Module, ImageSet]:
 
 # %% ../nbs/10_panel.ipynb #38f3564b
 class Work(Thread):
-    "A job in a thread of its own. It is given the `Work`, and calls its `check` at every step, to be stopped there."
+    "A job in a thread of its own. The job is given the `Work`, and calls its `check` at every step, where it can be stopped."
     def __init__(self,
                  job: Callable[['Work'], None], # what to do
                  request: tuple = ()):          # what it is done for
@@ -769,7 +769,7 @@ class HeatmapPanel:
     Nothing given: the library's model on CIFAR-10 if that is here, else the newest `eva9_train --data shapes` in a
     folder of this one, else `FileNotFoundError` says what to run. A set that is not classified yet is classified in the
     background, once: the logits are kept in the user's cache folder. With more than 32 classes an image's first heatmaps
-    take a backward pass a class, during which the panel does not answer. What is wrong with an image, a filter or a layer
+    take a backward pass per class, during which the panel does not respond. What is wrong with an image, a filter or a layer
     is said in the panel, which stays usable; arguments that do not fit each other raise `ValueError`."""
     def __init__(self,
                  model: nn.Module | None = None,          # an image classifier; None: the library's own

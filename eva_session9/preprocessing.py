@@ -1,4 +1,4 @@
-"""Augmentation declared once in Albumentations, and two roads for it, image by image and batch by batch, each a pure function of seed, epoch and index.
+"""Augmentation declared once in Albumentations and run in two ways, image by image or batch by batch, each a pure function of seed, epoch and index.
 
 Docs: https://eva-session9.github.io/eva_session9/preprocessing.html.md"""
 
@@ -43,7 +43,7 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
               mean: tuple[float, ...],   # of each channel, in [0, 1] units
               std: tuple[float, ...]     # of each channel, in [0, 1] units
              ) -> torch.Tensor:          # float32 (N, 3, H, W)
-    "A few images as a tested model sees them; for a whole set there is `loader`. Images of another type or form raise `ValueError`."
+    "A few images as a model is tested on them; for a whole set use `loader`. Images of another dtype or shape raise `ValueError`."
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3: raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)')
     transform = test_transforms(mean, std)
@@ -128,7 +128,7 @@ class KeyedSampler(Sampler):
 
 # %% ../nbs/02_preprocessing.ipynb #181b610f
 class Keyed:
-    "What the two roads share: an epoch to set, and an order to ask for. It needs a `sampler` and a `batch_size`."
+    "What `KeyedLoader` and `Batches` share: an epoch to set, and an order to ask for. Needs a `sampler` and a `batch_size`."
     def set_epoch(self, epoch: int): # 0, 1, 2, ...
         "Make the next pass that of `epoch`."
         self.sampler.epoch = epoch
@@ -141,7 +141,7 @@ class Keyed:
 class KeyedLoader(Keyed, DataLoader):
     "A `DataLoader` of (x, y) whose every pass is a function of (seed, epoch)."
     def __init__(self,
-                 dataset: KeyedDataset, # images by (epoch, index); its seed is that of the order too
+                 dataset: KeyedDataset, # images by (epoch, index); its seed also sets the order
                  batch_size: int,       # images a batch; the last batch may be smaller
                  shuffle: bool,         # a new order each epoch
                  **options):            # of `DataLoader`
@@ -157,7 +157,7 @@ def loader(images: ImageSet,     # the set
            transform: A.Compose, # from `train_transforms` or `test_transforms`
            batch_size: int = 32, # images a batch; the last batch may be smaller
            seed: int = 42,       # of order and augmentation
-           num_workers: int = 0, # processes that load; the batches do not depend on it
+           num_workers: int = 0, # processes that load; the batches do not depend on how many
            shuffle: bool = True, # a new order each epoch
            **options             # of `DataLoader`: `persistent_workers`, `multiprocessing_context`, `pin_memory`, ...
           ) -> KeyedLoader:
@@ -186,7 +186,7 @@ def uniform(key: tuple, # seed, epoch and index; the index an integer or an int6
 
 # %% ../nbs/02_preprocessing.ipynb #cb949a63
 class AlternatingFlip(A.ImageOnlyTransform):
-    """Flips each image in every other epoch; with which it begins depends on seed and index. Wants `key=(seed, epoch, index)`.
+    """Flips each image in every other epoch; whether it starts flipped depends on seed and index. Needs `key=(seed, epoch, index)`.
 
     Source: [Jordan 2024](https://arxiv.org/abs/2404.00498), section 3.6."""
     def __init__(self): super().__init__(p=1)
@@ -205,7 +205,7 @@ def _alternates(key):
 
 # %% ../nbs/02_preprocessing.ipynb #c019b896
 class Twin:
-    "`ToTensorV2` for batches, which are tensors already; and the form of all twins."
+    "The base class of all twins, and itself the twin of `ToTensorV2`: batches are tensors already."
     needs = {}  # option of the transform -> the only value that the twin can do
 
     def __init__(self,
@@ -347,7 +347,7 @@ _TWINS = {A.Rotate: RotateTwin, A.HorizontalFlip: FlipTwin, AlternatingFlip: Alt
 def twin(transform: A.BasicTransform,              # of Albumentations, or our own
          device: torch.device = torch.device('cpu') # where the batches are
         ) -> Twin:
-    "Does to a batch what `transform` does to an image. `ValueError` where there is no such thing."
+    "The twin of `transform`: it does to a batch what `transform` does to an image. Raises `ValueError` where there is none."
     name, kind = type(transform).__name__, _TWINS.get(type(transform))
     if kind is None:
         raise ValueError(f"{name} has no batched twin; {', '.join(t.__name__ for t in _TWINS)} have. Use `loader` for others")
@@ -439,11 +439,11 @@ class Batches(Keyed):
 _PIXELS_AT_ONCE = 2**22
 
 # %% ../nbs/02_preprocessing.ipynb #b3c1f0a2
-def recipe_batches(config: Config,      # the recipe: augmentation, batch size, seed, and which road
+def recipe_batches(config: Config,      # the recipe: augmentation, batch size, seed, and whether batched
                    train_set: ImageSet, # whose mean and standard deviation normalise both
-                   test_set: ImageSet   # in this order
+                   test_set: ImageSet   # tested in its own order
                   ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
-    "What a recipe trains on, augmented, and what it is tested on. Sets of different classes, and for a crop or `sizes` images that are no squares, raise `ValueError`."
+    "The augmented training batches of a recipe, and its test batches. Sets with different classes, and images that are not square for a crop or `sizes`, raise `ValueError`."
     _check_sets(config, train_set, test_set)
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)

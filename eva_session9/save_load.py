@@ -1,4 +1,4 @@
-"""Models to share, as weights with a card; training state to resume, whole and verified or refused.
+"""Models to share, as weights with a model card; training state to resume, read whole and verified or not at all.
 
 Docs: https://eva-session9.github.io/eva_session9/save_load.html.md"""
 
@@ -32,7 +32,7 @@ class CheckpointError(Exception):
 
 # %% ../nbs/05_save_load.ipynb #37d4a832
 def write_atomically(path: Path, blob: bytes): # the final file and its content
-    "Write `blob` to `path` all at once. Failing raises `CheckpointError` and leaves the old file as it was."
+    "Write `blob` to `path` all at once. A failure raises `CheckpointError` and leaves the old file as it was."
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_atomically(path: Path, blob: bytes): # the final file and its content
         raise CheckpointError(f'{path}: could not write {len(blob):,} bytes ({error}); free some space or choose another folder') from error
 
 # %% ../nbs/05_save_load.ipynb #b95ea88c
-def save_model(model: nn.Module,                   # a network of ours, of the architecture that the card names
+def save_model(model: nn.Module,                   # a network of this library, of the architecture that the card names
                path: str | Path,                   # ends in .safetensors
                card: dict,                         # architecture, classes, mean, std, size; recipe, accuracy, versions, ...
                dtype: torch.dtype = torch.float32  # float16 halves the file
@@ -97,7 +97,7 @@ def load_model(path: str | Path # of the weights; the card is beside them
     return model.eval()
 
 # %% ../nbs/05_save_load.ipynb #1378ce3b
-def pretrained(num_classes: int | None = None # of your own: the last layer is then new, and there is no card
+def pretrained(num_classes: int | None = None # how many classes of your own; the last layer is then new, and there is no card
               ) -> nn.Module: # float32, in eval mode, on the CPU, with the card as `.card`
     "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card says how, and how well it does on the test set."
     model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
@@ -131,7 +131,7 @@ def save_checkpoint(folder: str | Path, # of the run
     return path.with_suffix('.json')
 
 # %% ../nbs/05_save_load.ipynb #a1fcfd01
-def load_checkpoint(path: str | Path # a checkpoint, or the folder of a run for its newest sound one
+def load_checkpoint(path: str | Path # a checkpoint, or the folder of a run for its newest intact one
                    ) -> dict: # the state, on the CPU
     "The state in `path`, verified. A folder falls back, with a warning, to an older checkpoint where the newest is damaged."
     path = Path(path)

@@ -24,7 +24,7 @@ class _Table(torchinfo.ModelStatistics):
 # %% ../nbs/04_summary.ipynb #5d0f2a11
 def summary(model: nn.Module,                       # any network for images
             size: tuple[int, int, int] = (3, 32, 32) # channels, height and width of one image
-           ) -> torchinfo.ModelStatistics: # shows itself as a table; `.total_params`, `.total_mult_adds`
+           ) -> torchinfo.ModelStatistics: # prints as a table; `.total_params`, `.total_mult_adds`
     "The output shape, parameters and multiply-adds of every layer."
     if len(size) != 3 or min(size) < 1: raise ValueError(f'size: found {size}, expected (channels, height, width), such as (3, 32, 32)')
     p = next(model.parameters())

@@ -187,7 +187,7 @@ def _mark_suggestions(axes, curve):
 def plot_confusion(evaluation: Evaluation, # of N images
                    classes: Sequence[str]  # names of the K classes
                   ) -> Picture:
-    "Counts of images by true class (rows) and predicted class (columns), shaded by their share of the row; of more than 40 classes the shades alone."
+    "Counts of images by true class (rows) and predicted class (columns), shaded by their share of the row; beyond 40 classes, the shades alone."
     counts, k = evaluation.confusion, len(classes)
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), counts.sum().item()
@@ -306,7 +306,7 @@ def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> at mos
                    xlabel: str,                                  # what was measured
                    line: float | None = None                     # a value to compare with, such as that of chance
                   ) -> Picture:
-    "A mean and its interval for every row and series, the series in the order of their names. A row may lack some; one series alone has no legend."
+    "A mean and its interval for every row and series, with series sorted by name. A row may lack some; a single series has no legend."
     series = sorted({name for values in found.values() for name in values})
     if len(series) > 4: raise ValueError(f'plot_intervals: found {len(series)} series, expected at most 4')
     picture = _picture(title, 6.4, 0.8 + 0.27 * len(found), 'constrained')

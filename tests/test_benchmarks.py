@@ -71,6 +71,8 @@ def test_each_variant_changes_one_part():
     assert 'SGD in place of Muon' in recipes and 'Muon as well' not in recipes
     assert 'Muon as well' in variants(replace(config, muon_lr=0.0))
     assert asked_for(config, ['cutout=8,cutout_p=1', 'muon_lr=0'])['cutout=8,cutout_p=1'] == replace(config, cutout=8, cutout_p=1)
+    sizes = 'sizes=[16,32],crop=2'
+    assert asked_for(config, [sizes])[sizes] == replace(config, sizes=(16, 32), crop=2)
     assert (recipes[COURSE].batch_size, recipes[COURSE].step_size, recipes[COURSE].lr) == (32, 1, 0.01)
 
 
@@ -94,12 +96,13 @@ def test_the_recorded_command_gives_the_recorded_recipe(name):
     assert changed(getattr(Config, given['--config'])(), settings) == config_from(run['config'])
 
 
-@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates', 'tuning_gpu', 'tuning_zero'])
+@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates', 'tuning_gpu', 'tuning_zero', 'tuning_laptop'])
 def test_the_recorded_command_asks_the_recorded_question(name):
     run = json.loads((ROOT / f'results/{name}.json').read_text())
     words = shlex.split(run['command'])
     settings, different = ([words[i + 1] for i, word in enumerate(words) if word == flag] for flag in ('--set', '--variant'))
     recorded = {name: config_from(fields) for name, fields in run['question']['recipes'].items()}
-    config = replace(changed(Config.fast(), settings), precision=recorded[WHOLE].precision)
+    recipe = getattr(Config, words[words.index('--config') + 1])()
+    config = replace(changed(recipe, settings), precision=recorded[WHOLE].precision)
     assert (asked_for(config, different) if different else variants(config)) == recorded
     assert recorded.keys() == run['trained'].keys()

@@ -32,7 +32,13 @@ def run(name, *layers, n=24, loader={}, **changes):
 
 def refused(*arguments, **options):
     try: run(*arguments, **options)
-    except (ValueError, FileExistsError) as error: return str(error)
+    except (ValueError, FileExistsError, FloatingPointError) as error: return str(error)
+
+class Last(nn.Module):
+    "Not a number for the last image of a batch, which the second process gets."
+    def forward(self, x):
+        if process == '0': return x
+        return torch.cat([x[:-1], x[-1:] * float('nan')])
 
 with engine.distributed() as number:
     found = {'number': number,
@@ -41,7 +47,8 @@ with engine.distributed() as number:
              'one step': run('one step', nn.BatchNorm2d(4), n=8, epochs=1),
              'auto': run('auto', precision='auto', loader={'generator': torch.Generator().manual_seed(7)}),
              'dropout': run('dropout', nn.Dropout(), n=23),
-             'again': refused('plain')}
+             'again': refused('plain'),
+             'nan': refused('nan', Last())}
     if process != 'alone': found['sampler'] = refused('sampler', loader={'shuffle': False, 'sampler': DistributedSampler(images)})
     if process != 'alone': found['odd'] = refused('odd', loader={'batch_size': 9}, batch_size=9)
 torch.save(found, f'{sys.argv[1]}/{process}.pt')
@@ -56,8 +63,9 @@ def ended(folder, *launcher):
     folder.mkdir()
     script = folder / 'train.py'
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'TQDM_DISABLE': '1'})
     assert done.returncode == 0, done.stderr
+    assert 'epoch/s' not in done.stderr  # no progress bar, as tqdm's variable says
     assert done.stdout.count('put all of the training into one block') == (2 if launcher else 0)
     return {path.stem: torch.load(path) for path in folder.glob('*.pt')}
 
@@ -101,6 +109,6 @@ def test_running_statistics_are_those_of_the_first_share(found):
 
 
 @pytest.mark.parametrize('kind, said', [
-    ('again', 'holds a run already'), ('sampler', 'found a DistributedSampler, but every batch is shared here'), ('odd', 'found 9 for 2 processes, expected a multiple of 2')])
+    ('again', 'holds a run already'), ('nan', 'the loss is nan at learning rate 0.05, step 0'), ('sampler', 'found a DistributedSampler, but every batch is shared here'), ('odd', 'found 9 for 2 processes, expected a multiple of 2')])
 def test_all_processes_refuse_alike(found, kind, said):
     assert said in found['0'][kind] and found['0'][kind] == found['1'][kind]

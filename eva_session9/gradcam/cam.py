@@ -106,7 +106,7 @@ class Heatmaps:
 # %% ../../nbs/08a_gradcam.cam.ipynb #911f6523
 def unwrap(model: nn.Module # a network, compiled or wrapped for several devices, or as it is
           ) -> nn.Module:
-    "The network inside `torch.compile`, DataParallel and DistributedDataParallel. Any other wrapper is a part of the network."
+    "The network inside `torch.compile`, DataParallel and DistributedDataParallel. Any other wrapper counts as part of the network."
     if hasattr(model, '_orig_mod'): return unwrap(model._orig_mod)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel): return unwrap(model.module)
     return model
@@ -220,7 +220,7 @@ def _hooked(hooks):
 
 @contextmanager
 def evaluating(model: nn.Module): # any network
-    "Eval mode for the time of the `with`; then every module's own flag again, in whatever mixture they were."
+    "Eval mode for the time of the `with`; then every module has its own flag again, whatever the mixture."
     flags = [(module, module.training) for module in model.modules()]
     try: yield model.eval()
     finally:
@@ -392,12 +392,12 @@ class GradCAM(CAM):
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #ddac371b
 class GradCAMPlusPlus(CAM):
-    "Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063, equations 7 and 19), for layers that a ReLU ends."
+    "Grad-CAM++ (Chattopadhay et al. 2018, arXiv:1710.11063, equations 7 and 19), for layers that end in a ReLU."
     def __init__(self,
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 eps: float | None = None): # added to the denominator: 1e-6 is pytorch-grad-cam's form; None needs none
+                 eps: float | None = None): # added to the denominator: 1e-6 as in pytorch-grad-cam; None: the form that needs none
         super().__init__(model, layers, classes)
         self.eps = eps
 

@@ -34,7 +34,7 @@ class LayerCAM(CAM):
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #54e2d059
 class XGradCAM(CAM):
-    "XGradCAM (Fu et al. 2020, arXiv:2008.02312): channels weighted by `sum_ij g A / sum_ij A`, for layers that a ReLU ends."
+    "XGradCAM (Fu et al. 2020, arXiv:2008.02312): channels weighted by `sum_ij g A / sum_ij A`, for layers that end in a ReLU."
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:
         total = activation.sum((2, 3))
         weights = (gradient * activation).sum((2, 3)) / torch.where(total == 0, 1, total)
@@ -184,7 +184,7 @@ def _next_or_run(given, forward, *inputs, **options):
 def tail_logits(model: nn.Module,
                 before: list,       # from `_finished_before`
                 images: Tensor,     # the N images it was made with
-                activation: Tensor  # what the layer is to give for them, R times over: (R * N, C, h, w)
+                activation: Tensor  # the output to give the layer for them, R times over: (R * N, C, h, w)
                 ) -> Tensor:
     "Logits (R * N, K) of the network with another activation in the layer; what comes before it is not computed."
     copies = len(activation) // len(images)

@@ -1,4 +1,4 @@
-"""Measures of faithfulness and of place, each beside the control that it must tell from a good map, and checks that a method looks at the model at all.
+"""Measures of faithfulness and of localisation, each beside a control that it must tell from a good map, and checks that a method looks at the model at all.
 
 Docs: https://eva-session9.github.io/eva_session9/gradcam.metrics.html.md"""
 
@@ -199,7 +199,7 @@ def confidence_drop(model: nn.Module,
                     ) -> tuple[Tensor, Tensor]:
     """The share of confidence lost where the image is multiplied by its map, (N,), and whether it grew, bool (N,).
 
-    Chattopadhay et al. 2018, section 4.1: lower, and more often, is better. A map of ones has a drop of 0: report it beside."""
+    Chattopadhay et al. 2018, section 4.1: lower, and more often, is better. A map of ones has a drop of 0: report it alongside."""
     if not (maps.min() >= 0 and maps.max() <= 1): raise ValueError(f'maps: found {maps.min():.3g} to {maps.max():.3g}, expected 0 to 1')
     whole, seen = (confidence(model, shown, target) for shown in (images, images * _fitting(maps, images)[:, None].to(images.dtype)))
     return (whole - seen).clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny), seen > whole
@@ -260,7 +260,7 @@ def _mean_ranks(flat):
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #af8d214d
 def randomized(model: nn.Module,
-               stages: Sequence[str],  # names of modules, the last to run first
+               stages: Sequence[str],  # names of modules, from the output towards the input
                images: Tensor,         # (N, 3, H, W), to estimate batch-norm statistics on
                seed: int = 0           # of the new weights; the global random state is left alone
                ) -> Iterator[tuple[str, nn.Module]]:
@@ -293,13 +293,13 @@ def _estimate_statistics(model, stage, images):
 def cascade(cam: CAM,               # a method with its model and layers
             images: Tensor,         # (N, 3, H, W), normalised
             target: Tensor,         # a class for each image, (N,)
-            stages: Sequence[str],  # names of modules, the last to run first
+            stages: Sequence[str],  # names of modules, from the output towards the input
             calibration: Tensor,    # images to estimate batch-norm statistics on
             seed: int = 0           # of the new weights
             ) -> dict[str, Tensor]:
     """Layer -> rank correlation of the maps before and after each stage has new weights, (S, N), for S stages.
 
-    A method that explains the model falls to what maps of different images have in common: compare
+    For a method that explains the model, it falls to the correlation between maps of different images: compare
     `spearman(raw, raw.roll(1, 0))` (Adebayo et al. 2018)."""
     raw, found = cam(images, target).raw, {name: [] for name in cam.layers}
     for _, network in randomized(cam.model, stages, calibration, seed):
