@@ -39,6 +39,7 @@ from eva_session9.save_load import write_atomically
 from reproduce import changed, command, held_out
 
 WHOLE, COURSE = 'the whole recipe', "the course's recipe"
+COMMA = re.compile(r',(?![^\[]*\])')  # not one of a list
 
 
 def variants(config):
@@ -65,7 +66,7 @@ def variants(config):
 
 def asked_for(config, settings):
     "The recipe, and the recipe with each of the `field=value,field=value` settings."
-    return {WHOLE: config, **{setting: changed(config, re.split(r',(?![^\[]*\])', setting)) for setting in settings}}
+    return {WHOLE: config, **{setting: changed(config, COMMA.split(setting)) for setting in settings}}
 
 
 def halved(images):

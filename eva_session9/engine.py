@@ -61,7 +61,7 @@ def train_step(model: nn.Module,                 # in train mode
     return loss.detach(), logits.detach()
 
 def _total(loss, model):
-    "The loss, or of a model that several processes train the sum of theirs, so that what is not finite stops all of them."
+    "The loss; for a model that several processes train, the sum of theirs, so that one that is not finite stops them all."
     if not isinstance(model, DistributedDataParallel): return loss
     total = loss.detach().clone()
     dist.all_reduce(total)
