@@ -344,8 +344,8 @@ class Muon(torch.optim.SGD):
             torch._foreach_copy_(steps, orthogonal(torch.stack(steps)).unbind())
         norms = torch._foreach_norm(filters)
         torch._foreach_clamp_min_(norms, 1e-7)
+        torch._foreach_div_(norms, [len(p)**0.5 for p in filters])
         torch._foreach_div_(filters, norms)
-        torch._foreach_mul_(filters, [len(p)**0.5 for p in filters])
 
 def _rows(gradient):
     "A filter in each row, its numbers in the order in which they lie in memory; orthogonal rows are so in any order."
@@ -353,16 +353,29 @@ def _rows(gradient):
     return gradient.as_strided((len(gradient), n), (n, 1)) if gradient.stride(0) == n else gradient.view(len(gradient), n)
 
 # %% ../nbs/06_engine.ipynb #397703c4
-def orthogonal(matrices: Tensor, # (B, M, N)
-               steps: int = 3    # of the iteration
-              ) -> Tensor:       # (B, M, N), in the type of the matrices; their larger singular values are about one
-    "The nearest matrices with orthogonal rows or columns, roughly, by a Newton-Schulz iteration of fifth order in the type of autocast."
-    x, tall = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7), matrices.shape[1] > matrices.shape[2]
-    if tall: x = x.mT
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+def orthogonal(matrices: Tensor # (B, M, N)
+              ) -> Tensor:      # (B, M, N), in the type of the matrices; their larger singular values are about one
+    """The nearest matrices with orthogonal rows or columns, roughly: three rounds of a Newton-Schulz iteration, in the type of autocast.
+
+    Source: polynomial of [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), on Gram matrices as in
+    [Dao AI Lab 2026](https://dao-ailab.github.io/blog/2026/gram-newton-schulz/)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    gram = x @ x.mT
+    size = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14
+    gram = gram / size
+    product = factor = _factor(gram)
+    for _ in range(2):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
+    x = (product * size.rsqrt()) @ x
     return (x.mT if tall else x).to(matrices.dtype)
+
+def _factor(gram):
+    "What a round multiplies matrices of this Gram matrix by."
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * eye
 
 # %% ../nbs/06_engine.ipynb #281f59e2
 class Lookahead:
