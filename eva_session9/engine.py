@@ -374,8 +374,9 @@ def orthogonal(matrices: Tensor # (B, M, N)
 
 def _factor(gram):
     "What a round multiplies matrices of this Gram matrix by."
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * eye
+    factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return factor
 
 # %% ../nbs/06_engine.ipynb #281f59e2
 class Lookahead:
