@@ -514,6 +514,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     of another recipe and labels beyond the model's outputs, `TypeError` for anything but a recipe and batches, and
     `CheckpointError` for a folder that cannot be written to or that another version wrote. Inside `distributed`, all processes call it alike."""
     _check_config(config)
+    _check_trainable(model)
     _check_batches(train_batches, config)
     _check_test_batches(test_batches)
     if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
@@ -650,6 +651,11 @@ def _machine(device):
 def _check_config(config):
     "Raise for what is no recipe."
     if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast()')
+
+def _check_trainable(model):
+    "Raise for a model whose parameters are all frozen."
+    if any(p.requires_grad for p in model.parameters()): return
+    raise ValueError('the model: found no parameter that requires a gradient, expected at least one; unfreeze what is to be trained with requires_grad_()')
 
 def _check_test_batches(batches):
     "Raise for what cannot be tested on epoch after epoch; none at all is fine."

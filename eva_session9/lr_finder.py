@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _check_classes, _pair, _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
+from .engine import _check_classes, _check_trainable, _pair, _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
 from .save_load import write_atomically
 
 # %% ../nbs/07_lr_finder.ipynb #5befc707
@@ -241,6 +241,7 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises `FloatingPointError`.
     Batches that can be read only once and labels beyond the model's outputs raise `ValueError`, batches too large for a GPU `MemoryError`, and anything but a recipe and batches `TypeError`. Each of the curve's `caveats` is issued as a warning."""
     _check(batches, config, start, end, steps)
+    _check_trainable(model)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:
         trial, twin = _twins(model, optimizer, config, device)
