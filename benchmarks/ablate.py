@@ -1,19 +1,19 @@
-"""What each part of a recipe buys: the recipe without it beside the whole one, on images held out of the training set.
+"""Ablation: the accuracy of a recipe without each of its parts against the whole recipe, on images held out of the training set.
 
     python benchmarks/ablate.py --out ablation.json
 
-takes the fast recipe as it is, which wants a GPU. On a processor the question has to be made smaller: fewer images and epochs,
-on images of half the side (means of 2 x 2 pixels), two runs at a time:
+runs the fast recipe unchanged, for which a GPU is needed in practice. On a CPU, run a smaller version: fewer images and epochs,
+images of half the height and width (means of 2 x 2 pixels), two runs at a time:
 
     python benchmarks/ablate.py --limit 22000 --set epochs=4 --set crop=2 --half --jobs 2 --seeds 1 --out small.json
 
-To compare the recipe with others, name what is different in them:
+To compare the recipe with variants, give the fields that differ:
 
     python benchmarks/ablate.py --variant cutout=8,cutout_p=1 --variant muon_lr=0 --out cutout.json
 
-Each variant is trained from the same seeds. A difference comes with an interval, for which the spread between seeds is taken to
-be that of all variants together (Student's t), wide enough that all the intervals hold at once with 95% (Bonferroni). The test
-set is not read. A run that was cut goes on from --out, and more --seeds can be added to it.
+Each variant is trained from the same seeds. Each difference has a confidence interval: Student's t with the
+standard deviation between seeds pooled over all variants, at a joint level of 95% (Bonferroni). The test set is not read. An
+interrupted run resumes from --out, and a later run with more --seeds adds to it.
 """
 import argparse
 import json
@@ -172,15 +172,15 @@ def main():
     parser.add_argument('--config', default='fast', help="'fast', 'laptop', or a .json file of fields (default fast)")
     parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='change a field of the recipe; may be repeated')
     parser.add_argument('--variant', action='append', default=[], metavar='FIELD=VALUE,...',
-                        help='compare the recipe with this one, in place of those without one part; may be repeated')
-    parser.add_argument('--seeds', type=int, default=3, help='how many, from 42 on (default 3)')
-    parser.add_argument('--hold-out', type=int, default=10_000, metavar='N', help='images to test on (default 10,000)')
-    parser.add_argument('--half', action='store_true', help='images of half the side')
-    parser.add_argument('--jobs', type=int, default=1, help='runs at a time (default 1)')
+                        help='compare the recipe with this variant, in place of leaving out each part; may be repeated')
+    parser.add_argument('--seeds', type=int, default=3, help='number of seeds, starting at 42 (default 3)')
+    parser.add_argument('--hold-out', type=int, default=10_000, metavar='N', help='hold out N training images to test on (default 10,000)')
+    parser.add_argument('--half', action='store_true', help='halve height and width of the images')
+    parser.add_argument('--jobs', type=int, default=1, help='number of runs in parallel (default 1)')
     parser.add_argument('--data', default='cifar10', help="'cifar10', 'shapes', or a folder of images (default cifar10)")
     parser.add_argument('--root', help='folder of the CIFAR-10 files')
-    parser.add_argument('--limit', type=int, help='use a sample of so many images')
-    parser.add_argument('--out', type=Path, help='also write the result to this .json file, after each run')
+    parser.add_argument('--limit', type=int, help='use at most this many training images, those held out included')
+    parser.add_argument('--out', type=Path, help='also write the result to this .json file, updated after each run')
     args = parser.parse_args()
     args.threads = max(1, torch.get_num_threads() // args.jobs)
     sets(args)  # says what is wrong with the data before anything is written

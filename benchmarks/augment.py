@@ -1,9 +1,9 @@
-"""Images per second of the two ways to augment, on this machine.
+"""Images per second of the two augmentation methods, on this machine.
 
-`loader` transforms image by image in worker processes, `Batches` whole batches on the device. Both do what a recipe
-declares, on the same random 32 x 32 images, and end with normalised float batches. Workers are started and each of the two has
-gone through the set once before the clock starts; the two then take turns. On a GPU, the time that `Batches` takes for a
-batch is also set against that of a whole training step with it; give more --images there, for epochs of some seconds.
+`loader` transforms image by image in worker processes, `Batches` whole batches on the device. Both apply the augmentation of
+a recipe to the same random 32 x 32 images and give normalised float batches. Timing starts after one pass of each, with the
+workers running; then the two take turns. On a GPU, the time of `Batches` is also given as a share of the time of a
+training epoch with it; give more --images there, so that an epoch takes some seconds.
 """
 import argparse
 import json
@@ -65,10 +65,10 @@ def compared(name, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('recipes', nargs='*', default=['session9', 'fast'], help='default: session9 fast')
-    parser.add_argument('--images', type=int, default=10_000, help='a pass (default 10000)')
-    parser.add_argument('--workers', type=int, default=2, help='of the loader (default 2)')
-    parser.add_argument('--rounds', type=int, default=5, help='passes of each road; the median counts (default 5)')
+    parser.add_argument('recipes', nargs='*', default=['session9', 'fast'], help='recipes to measure (default: session9 fast)')
+    parser.add_argument('--images', type=int, default=10_000, help='images per pass (default 10000)')
+    parser.add_argument('--workers', type=int, default=2, help='worker processes of the loader (default 2)')
+    parser.add_argument('--rounds', type=int, default=5, help='timed passes of each method, of which the median is reported (default 5)')
     parser.add_argument('--out', help='also write the result to this .json file')
     args, start = parser.parse_args(), time.perf_counter()
     result = {'recipes': {name: compared(name, args) for name in args.recipes}, 'workers': args.workers,

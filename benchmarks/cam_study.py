@@ -1,17 +1,17 @@
-"""Which heatmaps are true? Every method and layer, measured on two sets, beside controls that know nothing.
+"""Which heatmaps can be trusted? Every method and layer on two data sets, against controls that use neither model nor object.
 
-- shapes: drawn images, whose true masks are known, and a ResNet-18 trained on them here. Place: pointing game, energy in the
-  mask, IoU at matched area, and how far from the object the map's centre lies; the oracle of each grid is the ceiling.
-  Class: two objects in one image, the energy on the named one less that on the other.
-- cifar10: stratified test images and the weights that are shipped when it is run. No masks, so nothing is said about place.
-  Faithfulness: deletion, insertion, ROAD, average drop with the map's area. Sanity: rank correlation with the map of another
-  class, with the map of another image, and with the map after the weights were drawn anew, stage by stage.
+- shapes: drawn images, whose true masks are known, and a ResNet-18 trained on them here. Localisation: pointing game, energy
+  in the mask, IoU at matched area, and offset of the map's centre of mass from the object's; the upper bound is the oracle of
+  each grid. Class: two objects in one image, the energy on the explained one minus that on the other.
+- cifar10: stratified test images and the library's current weights. Without masks, localisation is not measured.
+  Faithfulness: deletion, insertion, ROAD, average drop together with the map's area. Sanity: rank correlation with the map of another
+  class, with the map of another image, and with the map after re-initialising the weights, stage by stage.
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
-for sanity on 20. Each measured row is kept in --work, and not measured again in the same precision by the same version of
-torch, so a run that was cut goes on. Means have 95% bootstrap intervals over images; "over centre" is the mean difference,
-image by image, to the bump in the middle. Times are taken last, on an idle machine if you can. Each part of the file names
-the machine and the command that it was measured with; with --only the file keeps what it has of the other parts.
+for sanity on 20, without re-initialised weights. Each row is kept in --work and not measured again with the same precision
+and version of PyTorch, so an interrupted run resumes. Means have 95% bootstrap intervals over images; "over centre" is the mean difference
+per image to a centred Gaussian. Times are measured last, best on an idle machine. Each part of the file names its machine and
+command; with --only, the other parts of the file stay unchanged.
 """
 import argparse
 import hashlib
@@ -274,12 +274,12 @@ def keep(path, name, part):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shapes', type=int, default=500, help='drawn images (default 500)')
+    parser.add_argument('--shapes', type=int, default=500, help='number of drawn images (default 500)')
     parser.add_argument('--images', type=int, default=1000, help='CIFAR-10 test images, a multiple of 10 (default 1000)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
-    parser.add_argument('--work', type=Path, default=Path('eva9-cam-study'), help='folder for the rows (default eva9-cam-study)')
-    parser.add_argument('--out', type=Path, default=Path('results/cam_study.json'), help='default results/cam_study.json')
-    parser.add_argument('--only', choices=('shapes', 'cifar10', 'time'), help='measure this part alone')
+    parser.add_argument('--work', type=Path, default=Path('eva9-cam-study'), help='folder for measured rows, to resume from (default eva9-cam-study)')
+    parser.add_argument('--out', type=Path, default=Path('results/cam_study.json'), help='.json file for the result (default results/cam_study.json)')
+    parser.add_argument('--only', choices=('shapes', 'cifar10', 'time'), help='measure only this part')
     args = parser.parse_args()
     parts = {'shapes': (f'--shapes {args.shapes}', lambda: study_shapes(args.shapes, args.work)),
              'cifar10': (f'--images {args.images}', lambda: study_cifar10(args.root, args.images, args.work)),

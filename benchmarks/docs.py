@@ -1,8 +1,8 @@
-"""What the doc site costs its builder and its reader, on this machine.
+"""Build time, page sizes, load times and search times of the documentation site, on this machine.
 
-The build from nothing; the weight of each page with its own pictures, and of what all pages share; in headless Chromium, with
-an empty cache for each page, the time until text is there; and the time from the last letter in the search box to the answers,
-a part of which is a pause that waits for more letters.
+Measured are a build from scratch; the bytes of each page with its own images, and of the files that all pages share; in headless
+Chromium, with an empty cache for each page, the time to first contentful paint; and the time from the last letter typed into the
+search box to the results, which includes a pause that waits for more letters.
 """
 import argparse
 import json
@@ -86,7 +86,7 @@ def measure(repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--repeats', type=int, default=3, help='visits of each page (default 3)')
+    parser.add_argument('--repeats', type=int, default=3, help='loads of each page, of which the median is reported (default 3)')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file, such as results/docs.json')
     args, start = parser.parse_args(), time.perf_counter()
     found = {'build seconds': build(), 'page bytes': weights(SITE), 'shared bytes': shared(), **measure(args.repeats)}

@@ -1,12 +1,12 @@
-"""What a learning-rate sweep costs, and what its suggestions are worth, on this machine.
+"""The time of a learning-rate sweep, and the quality of its suggestions, on this machine.
 
-cost (the default, a minute or two): `find_lr` with so many points against `train` with as many steps, of the same network
+cost (the default, a minute or two): `find_lr` with --points points against `train` with as many steps, of the same network
 on the same random images in float32. The two take turns in one process; a sweep's time includes copying the network and
-reading the curve. Small images make the steps short, so that what a sweep adds to them shows.
+reading the curve. Small images make the steps short, so that the overhead of the sweep is visible.
 
 rules (five minutes): small networks are trained at seven learning rates from 0.001 to 1, annealed to zero or held
-constant, and judged on images they have not seen. Printed for every rule: its suggestion as a multiple of the best of the
-seven (median), and the loss that following it would add to that of the best (mean and worst, interpolated between the
+constant, and evaluated on held-out images. Printed for every rule: its suggestion divided by the best of the seven rates
+(median), and the loss at the suggestion minus the loss at the best rate (mean and worst, interpolated between the
 seven). The two extra rules, `minimum` and `moving average` (the steepest fall of an exponential moving average, as
 torch-lr-finder reads it), are for comparison.
 """
@@ -133,11 +133,11 @@ def rules(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', nargs='?', choices=('cost', 'rules'), default='cost')
-    parser.add_argument('--repeats', type=int, default=5, help='turns of each (cost), or sweeps a network (rules); default 5')
-    parser.add_argument('--points', type=int, default=100, help='points of a sweep, for cost (default 100)')
+    parser.add_argument('--repeats', type=int, default=5, help='repetitions of each (cost), or sweeps per network (rules); default 5')
+    parser.add_argument('--points', type=int, default=100, help='points per sweep, for cost (default 100)')
     parser.add_argument('--architecture', default='resnet18', help='for cost (default resnet18)')
     parser.add_argument('--batch-size', type=int, default=32, help='for cost (default 32)')
-    parser.add_argument('--size', type=int, default=8, help='pixels a side, for cost (default 8; 32 takes ten times as long)')
+    parser.add_argument('--size', type=int, default=8, help='image height and width in pixels, for cost (default 8; 32 takes ten times as long)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files, for rules; without it, drawn shapes')
     args = parser.parse_args()
     start = time.perf_counter()

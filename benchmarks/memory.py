@@ -1,9 +1,9 @@
-"""What it brings on a processor that `fit` has glibc keep the memory a training step frees.
+"""Training speed on a CPU with and without glibc keeping the memory that a training step frees, as `fit` makes it do.
 
     python benchmarks/memory.py --out results/memory.json
 
-The choice is made once a process and cannot be taken back, so each measurement is a process of its own: a few steps of the
-ResNet-18 on noise in float32, of which the fastest counts. The two kinds take turns.
+The setting cannot be undone within a process, so each measurement runs in a process of its own: a few training steps of the
+ResNet-18 on random images in float32, of which the fastest is reported. The two settings take turns.
 """
 import argparse
 import json
@@ -51,7 +51,7 @@ def compared(batch_size, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batches', type=int, nargs='+', default=[32, 128, 512], help='batch sizes (default 32 128 512)')
-    parser.add_argument('--rounds', type=int, default=3, help='processes of each kind and size; the median counts (default 3)')
+    parser.add_argument('--rounds', type=int, default=3, help='processes per setting and batch size, of which the median is reported (default 3)')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file')
     parser.add_argument('--one', choices=('kept', 'given back'), help=argparse.SUPPRESS)
     args = parser.parse_args()

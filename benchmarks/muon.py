@@ -1,7 +1,7 @@
-"""Milliseconds of Muon's orthogonal steps for a network, on this machine: its iteration on Gram matrices against the plain one.
+"""Time of Muon's Newton-Schulz orthogonalisation for a network, on this machine: on Gram matrices against the plain iteration.
 
-Both take three rounds with the same coefficients on the same random matrices, one for each convolution that Muon trains, those
-of one shape together. The plain iteration multiplies the matrices themselves in each round. The two take turns in one process.
+Both run three iterations with the same coefficients on the same random matrices, one for each convolution that Muon trains,
+batched by shape. The plain iteration multiplies the full matrices in each iteration. The two take turns in one process.
 """
 import argparse
 import json
@@ -59,8 +59,8 @@ def compared(matrices, dtype, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--architecture', default='resnet18', choices=ARCHITECTURES, help='default resnet18')
-    parser.add_argument('--rounds', type=int, default=9, help='calls of each; the median counts (default 9)')
+    parser.add_argument('--architecture', default='resnet18', choices=ARCHITECTURES, help='network whose convolution shapes are used (default resnet18)')
+    parser.add_argument('--rounds', type=int, default=9, help='timed calls of each, of which the median is reported (default 9)')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file')
     args, start = parser.parse_args(), time.perf_counter()
     device = pick_device()

@@ -1,11 +1,11 @@
-"""Does the order of the methods depend on the network? ROAD on CIFAR-10 for weights of several recipes.
+"""Does the ranking of the CAM methods depend on the network? ROAD on CIFAR-10 for weights of several recipes.
 
     python benchmarks/networks.py --out results/networks.json cc6b5e9 0c1a9ee df8f190 2a0a117
 
-Each network is a commit of this repository, whose weights and card git reads (so a clone with its whole history is needed):
-the library came with the weights of four recipes one after another. Measured as in cam_study.py, on the same images: the
-mean difference, image by image, to a bump in the middle, with 95% bootstrap intervals. The methods that need a pass for each
-channel are left out. A network that --out holds already is not measured again.
+Each network is given as a commit of this repository, from which git reads the weights and the card (so a clone with its whole
+history is needed); over time the library shipped the weights of four recipes. Measured as in cam_study.py, all on the same
+images: the mean difference per image to a centred Gaussian, with 95% bootstrap intervals. The methods that need a forward pass
+per channel are left out. A network that is already in --out is not measured again.
 """
 import argparse
 import json
@@ -55,10 +55,10 @@ def measured(model, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('commits', nargs='+', metavar='COMMIT', help='whose weights to measure')
+    parser.add_argument('commits', nargs='+', metavar='COMMIT', help='commit whose weights to measure; one or more')
     parser.add_argument('--images', type=int, default=500, help='CIFAR-10 test images, a multiple of 10 (default 500)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
-    parser.add_argument('--out', type=Path, default=Path('results/networks.json'), help='default results/networks.json')
+    parser.add_argument('--out', type=Path, default=Path('results/networks.json'), help='.json file for the result (default results/networks.json)')
     args = parser.parse_args()
     asked = {'images': args.images, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
     before = json.loads(args.out.read_text()) if args.out.exists() else {**asked, 'networks': {}}

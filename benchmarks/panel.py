@@ -1,10 +1,10 @@
-"""How long the heatmap panel takes to answer, on this machine.
+"""Response time of the heatmap panel, on this machine.
 
 In the kernel: a ResNet-18 and 10,000 images of 32 x 32 pixels, with the default layers. Random actions, one kind after
-another, set a control as a click does; the time runs until the new pictures and words are handed to the browser.
-Heatmaps that were kept from earlier actions are thrown away first where the kind says 'new'. With --browser also from a
-click to new pixels in headless Chromium on a page of `eva9_panel`.
-CIFAR-10 at the environment variable EVA9_CIFAR10, else drawn shapes.
+another, set a control as a click does; the time runs until the new images and texts are sent to the browser.
+For the kinds marked 'new', cached heatmaps are deleted first. The images are CIFAR-10 from the folder in the environment
+variable EVA9_CIFAR10, or else drawn shapes. With --browser also the time from a click to new pixels in headless Chromium, on a
+page of `eva9_panel` with 1,000 drawn shapes.
 """
 import argparse
 import json

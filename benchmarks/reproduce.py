@@ -2,17 +2,17 @@
 
     python benchmarks/reproduce.py --config fast --seeds 10 --out results/fast.json
 
-trains on the whole training set and reads the test set once a seed, at the end. To choose between recipes, hold images
+trains on the whole training set and uses the test set once per seed, at the end. To choose between recipes, hold images
 out of the training set and leave the test set alone:
 
     python benchmarks/reproduce.py --config fast --seeds 3 --hold-out 5000 --set lookahead=0
 
-Accuracy is that of one look at each image. Two kinds of test-time augmentation are reported apart: `flip`, the mean of the
-logits for an image and its mirror image, and `six views`, which are those two and the same for shifts by one pixel up and
-left and down and right, at half the weight (as airbench has it).
+The accuracy is without test-time augmentation. Two kinds of test-time augmentation are reported separately: `flip`, the mean of
+the logits for an image and its mirror image, and `six views`, which adds both shifted diagonally by one pixel (up and left, down
+and right), each with half the weight (as in airbench).
 
-Seconds from the start of the process to the test accuracy of one look are the sum of `seconds_to_start` (imports and data) and of
-a run's `seconds` and `seconds_to_test`; their median over runs is `seconds_to_accuracy`.
+The seconds from process start to this accuracy are `seconds_to_start` (imports and data) plus a run's `seconds` and
+`seconds_to_test`; the median over runs is `seconds_to_accuracy`.
 """
 import time
 
@@ -127,13 +127,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default='fast', help="'session9', 'fast', 'laptop', or a .json file of fields (default fast)")
     parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='change a field of the recipe; may be repeated')
-    parser.add_argument('--seeds', type=int, default=10, help='how many, from 42 on (default 10)')
+    parser.add_argument('--seeds', type=int, default=10, help='number of seeds, starting at 42 (default 10)')
     parser.add_argument('--data', default='cifar10', help="'cifar10', 'shapes', or a folder of images (default cifar10)")
     parser.add_argument('--root', help='folder of the CIFAR-10 files')
-    parser.add_argument('--limit', type=int, help='use a sample of so many training and so many test images')
+    parser.add_argument('--limit', type=int, help='use at most this many training images and this many test images')
     parser.add_argument('--hold-out', type=int, default=0, metavar='N', help='test on N images held out of the training set')
-    parser.add_argument('--keep', help='folder for checkpoints and models; with it, a run that was cut goes on')
-    parser.add_argument('--out', type=Path, help='also write the result to this .json file; after each seed to it with .part')
+    parser.add_argument('--keep', help='folder for checkpoints and models; with it, an interrupted run resumes')
+    parser.add_argument('--out', type=Path, help='also write the result to this .json file; until all seeds are done, to FILE.part')
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True  # of a GPU; otherwise without effect
     config = changed(_config(args.config), args.set)

@@ -2,9 +2,10 @@
 
 Both train the course's ResNet-18 by the course's recipe (batches of 32, Rotate, HorizontalFlip, Cutout, Normalize)
 on the same random images, end to end. The plain loop is what a tutorial writes: float32, contiguous tensors, transforms
-image by image in the main process, and `.item()` after every step. A third trains in batches of 128 that are augmented as
-a whole. The three take turns in one process, after `fit` has had glibc keep freed memory, which helps the plain loop as well. The rate of arithmetic of the third, that of the convolutions and the linear
-layer forward and backward, is set against the fastest convolution, in the same type and the same process.
+image by image in the main process, and `.item()` after every step. A third run is `fit` with
+batches of 128 that are augmented as a whole. The three take turns in one process, in which `fit` has set glibc to keep freed
+memory; this speeds up the plain loop as well. The arithmetic throughput of the third (convolutions and linear layer, forward
+and backward) is given as a share of that of the fastest convolution in the same precision and process.
 """
 import argparse
 import json
@@ -64,8 +65,8 @@ def convolution_peak(precision, repeats=20):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--images', type=int, default=640, help='training images an epoch (default 640)')
-    parser.add_argument('--rounds', type=int, default=5, help='epochs of each loop; the median counts (default 5)')
+    parser.add_argument('--images', type=int, default=640, help='training images per epoch (default 640)')
+    parser.add_argument('--rounds', type=int, default=5, help='timed epochs of each loop, of which the median is reported (default 5)')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file')
     args = parser.parse_args()
     images, config = random_images(args.images), Config(epochs=1)

@@ -1,9 +1,9 @@
-"""How fast a GPU trains by the course's recipe and by the fast one: seconds for 20 epochs, and what keeps it from less.
+"""Training speed of a GPU with the course's recipe and the fast one: seconds for all epochs, and the share of peak throughput.
 
-Each recipe is trained on 50,000 random 32 x 32 images that lie on the GPU, which takes as long as CIFAR-10 would. First one
-epoch alone, in which kernels are compiled and chosen and whose time is given apart, then a whole run with a fresh network. The rate
-of arithmetic is that of the convolutions and the linear layer, forward and backward; it is set against the fastest bfloat16
-product of two large matrices, measured in the same process just before.
+Each recipe is trained on 50,000 random 32 x 32 images in GPU memory, which takes as long as CIFAR-10 would. First one epoch, in
+which kernels are compiled and chosen and whose time is given separately; then a whole run with a new network. The arithmetic
+throughput (convolutions and linear layer, forward and backward) is given as a share of that of the fastest bfloat16 product of two
+large matrices, measured in the same process just before.
 """
 import argparse
 import json
@@ -71,8 +71,8 @@ def measured(name, images, peak):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('recipes', nargs='*', default=['session9', 'fast'], help='default: session9 fast')
-    parser.add_argument('--images', type=int, default=50_000, help='an epoch (default 50000)')
+    parser.add_argument('recipes', nargs='*', default=['session9', 'fast'], help='recipes to measure (default: session9 fast)')
+    parser.add_argument('--images', type=int, default=50_000, help='images per epoch (default 50000)')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file')
     args = parser.parse_args()
     if not torch.cuda.is_available(): parser.exit(2, 'train_gpu.py: no CUDA device is available here\n')

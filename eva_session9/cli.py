@@ -81,13 +81,13 @@ def _draw(figures, out):
 def eva9_train(
     data: str = 'shapes',     # 'cifar10', 'shapes', or a folder of images
     root: str = None,         # folder of the CIFAR-10 files; your cache folder if not given
-    config: str = 'session9', # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
-    epochs: int = None,       # passes over the training set, instead of the recipe's
-    limit: int = None,        # use at most this many training and this many test images
+    config: str = 'session9', # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
+    epochs: int = None,       # number of epochs, in place of the recipe's
+    limit: int = None,        # use at most this many training images and this many test images
     resume: bool = False,     # continue the run in `out`
-    out: str = 'eva9-train',  # folder for checkpoints, model, numbers and figures
+    out: str = 'eva9-train',  # folder for checkpoints, model, history and figures
 ):
-    "Train a ResNet by a recipe, test it after each epoch, and draw what it learned."
+    "Train a ResNet by a recipe, test it after each epoch, and save the model, its history and figures."
     with _one_line_errors('eva9_train'), _distributed() as process:
         from torch.backends import cudnn
         from eva_session9.config import seed_everything
@@ -163,14 +163,14 @@ def _mistakes(model, images, evaluation, mean, std):
 def eva9_find_lr(
     data: str = 'shapes',      # 'cifar10', 'shapes', or a folder of images
     root: str = None,          # folder of the CIFAR-10 files; your cache folder if not given
-    config: str = 'session9',  # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
+    config: str = 'session9',  # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
     start: float = 1e-5,       # first learning rate
     end: float = 1.0,          # last learning rate
-    steps: int = 100,          # training steps of the sweep
+    steps: int = 100,          # number of training steps, one per learning rate
     limit: int = None,         # use at most this many training images
-    out: str = 'eva9-find-lr', # folder for the curve and the numbers
+    out: str = 'eva9-find-lr', # folder for the figure, the curve (JSON) and the recipe
 ):
-    "Sweep the learning rate, and write the curve with its suggestions and a recipe that uses them."
+    "Run a learning-rate sweep; write the curve with its suggestions, and a recipe with the suggested rate."
     with _one_line_errors('eva9_find_lr'):
         from dataclasses import asdict, replace
         from eva_session9.config import seed_everything
@@ -200,15 +200,15 @@ def eva9_find_lr(
 @call_parse
 def eva9_explain(
     *images: str,                            # image files (PNG, JPEG, WebP) or folders of them
-    weights: str = None,                     # a model.safetensors that eva9_train wrote; the library's own if not given
+    weights: str = None,                     # a model.safetensors that eva9_train wrote; the library's own model if not given
     method: str = 'GradCAM',                 # names in `gradcam.METHODS`, separated by commas, such as GradCAM,LayerCAM
     layers: str = 'layer2,layer3,layer4',    # names of layers, separated by commas
-    data: str = None,                        # 'cifar10', 'shapes', or a folder with classes: explain mistakes on its test images
+    data: str = None,                        # in place of images: 'cifar10', 'shapes', or a folder with classes; explain mistakes on its test images
     root: str = None,                        # folder of the CIFAR-10 files; your cache folder if not given
-    limit: int = None,                       # look for mistakes among at most this many test images
-    out: str = 'eva9-explain',               # folder for the figure and the numbers
+    limit: int = None,                       # with --data: use at most this many test images
+    out: str = 'eva9-explain',               # folder for the figures and heatmaps.json
 ):
-    "Draw where in an image a model saw the evidence for its prediction."
+    "Draw heatmaps of the image regions that a model's prediction is based on."
     with _one_line_errors('eva9_explain'):
         from eva_session9.save_load import load_model, pretrained
         from eva_session9.config import pick_device
@@ -315,11 +315,11 @@ def _write_numbers(found, out, sheets):
 @call_parse
 def eva9_summary(
     weights: str = None,        # a model.safetensors that eva9_train wrote; else the untrained network of --config
-    config: str = 'session9',   # the recipe: 'session9', 'fast', 'laptop', or a .json file of fields
+    config: str = 'session9',   # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
     size: int = 32,             # height and width of the images, pixels
     out: str = 'eva9-summary',  # folder for the table
 ):
-    "Print and save the layers of a network: output shapes, parameters, multiply-adds."
+    "Print and save a table of a network's layers: output shapes, parameters, multiply-adds."
     with _one_line_errors('eva9_summary'):
         from eva_session9.models.resnet import make_model
         from eva_session9.save_load import load_model, write_atomically
@@ -335,13 +335,13 @@ _FROM_HERE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # w
 @call_parse
 def eva9_panel(
     data: str = None,          # 'cifar10', 'shapes', or a folder with classes; if not given, what the model was trained on
-    root: str = None,          # folder of the CIFAR-10 files, which are then browsed; your cache folder if not given
-    weights: str = None,       # a model.safetensors that eva9_train wrote; else the library's own, or for shapes your newest
+    root: str = None,          # folder of the CIFAR-10 files, your cache folder if not given; alone, means --data cifar10
+    weights: str = None,       # a model.safetensors that eva9_train wrote; else the library's own model, or for 'shapes' your newest run
     limit: int = None,         # browse at most this many test images
-    port: int = 8866,          # on 127.0.0.1; 0 for any that is free
-    no_browser: bool = False,  # only print the address
+    port: int = 8866,          # port on 127.0.0.1; 0 for any free port
+    no_browser: bool = False,  # print the address without opening a browser
 ):
-    "Open the heatmap panel as a web page; Ctrl-C ends it."
+    "Open the heatmap panel as a web page; stop it with Ctrl-C."
     with _one_line_errors('eva9_panel'):
         import tempfile
         _check_limit(limit)

@@ -19,7 +19,7 @@ import torch
 # %% ../nbs/00_config.ipynb #3943eb63
 @dataclass(frozen=True)
 class Config:
-    "The recipe of a training run. Immutable; impossible values raise `ValueError`, values of the wrong type `TypeError`."
+    "The recipe (hyperparameters) of a training run. Immutable; values out of range raise `ValueError`, values of the wrong type `TypeError`."
     architecture: str = 'resnet18'  # name of a constructor in `models.resnet`
     epochs: int = 20                # passes over the training set
     batch_size: int = 32            # images per step
@@ -27,26 +27,26 @@ class Config:
     momentum: float = 0.9           # of SGD, in [0, 1)
     weight_decay: float = 0.0       # L2 penalty of SGD
     step_size: int = 6              # epochs between two drops of the learning rate
-    gamma: float = 0.1              # factor of each drop, in (0, 1]
+    gamma: float = 0.1              # factor by which each drop multiplies the learning rate, in (0, 1]
     rotate: float = 15.0            # largest rotation, degrees either way; 0: none
     rotate_p: float = 0.5           # probability of a rotation
     flip_p: float = 0.5             # probability of a horizontal flip
     cutout: int = 16                # side of the square hole, pixels; 0: none
     cutout_p: float = 0.3           # probability of a hole
-    precision: str = 'auto'         # 'fp32', 'bf16', or 'auto': whichever is faster here
-    seed: int = 42                  # of weights, order and augmentation
+    precision: str = 'auto'         # 'fp32', 'bf16', or 'auto': measure both and use the faster
+    seed: int = 42                  # random seed of initial weights (with `seed_everything`), shuffling and augmentation
 
-    nesterov: bool = False          # Nesterov's form of momentum
-    muon_lr: float = 0.0            # peak learning rate of Muon, for the convolutions; 0: SGD for all weights
-    warmup: float = 0.0             # share of the steps in which lr rises; in the others it falls to 0. 0: `step_size` and `gamma` instead
-    label_smoothing: float = 0.0    # share of the target that is spread over all classes
-    lookahead: int = 0              # steps between two averagings of the weights; 0: none
-    zero_gamma: bool = False        # residual blocks begin as the identity
-    crop: int = 0                   # pixels of reflected border that a random crop may reach into; 0: no crop
-    alternating_flip: bool = False  # flip each image in every other epoch, whatever `flip_p` says
-    sizes: tuple = ()               # pixels a side that images are resized to, the epochs divided among them in this order; (): no resizing
+    nesterov: bool = False          # use Nesterov momentum
+    muon_lr: float = 0.0            # peak learning rate of Muon, for all convolutions but the first; 0: SGD for all weights
+    warmup: float = 0.0             # fraction of the steps with linear warm-up, then linear decay to 0; 0: `step_size` and `gamma` apply instead
+    label_smoothing: float = 0.0    # fraction of the target spread evenly over all classes
+    lookahead: int = 0              # steps between two updates of the slow weights of Lookahead; 0: no Lookahead
+    zero_gamma: bool = False        # zero-initialise the last batch-norm scale of each residual block
+    crop: int = 0                   # random crop after reflection padding by this many pixels a side; 0: no crop
+    alternating_flip: bool = False  # flip each image in every second epoch; `flip_p` is ignored
+    sizes: tuple = ()               # progressive resizing: sides of the training images in pixels, in order, for equal parts of the run; (): none
     batched: bool = False           # augment whole batches on the device
-    compile: bool = False           # on a GPU, fuse kernels and replay them as CUDA graphs
+    compile: bool = False           # on a GPU, use torch.compile and CUDA graphs
 
     def __post_init__(self):
         for field in fields(self): _check(field, getattr(self, field.name))
@@ -63,18 +63,18 @@ class Config:
 
     @classmethod
     def fast(cls) -> 'Config':
-        "For a GPU: 20 epochs with what published fast recipes use. Most numbers are theirs; the notebook shows which were chosen by comparison."
+        "A recipe for a GPU: 20 epochs with the techniques of published fast recipes. Most values are theirs; the notebook shows which were tuned."
         return cls(batch_size=256, lr=0.25, nesterov=True, weight_decay=1e-3, warmup=0.2, label_smoothing=0.1, lookahead=5,
                    zero_gamma=True, rotate=0.0, cutout=0, crop=4, alternating_flip=True, muon_lr=0.08, batched=True, compile=True)
 
     @classmethod
     def laptop(cls) -> 'Config':
-        "For a processor: four epochs, the first on small images, without what pays off only in longer runs."
+        "A recipe for a CPU: four epochs, all but the last on smaller images, without techniques that pay off only in longer runs."
         return replace(cls.fast(), epochs=4, muon_lr=0.16, sizes=(16, 24, 32), crop=2, lookahead=0, zero_gamma=False, compile=False)
 
     def size(self, epoch: int # 0, 1, 2, ...
-            ) -> int | None: # pixels a side; None: as the images are
-        "The size of the images in `epoch`: the epochs are divided among `sizes`, in order and as evenly as whole epochs allow."
+            ) -> int | None: # pixels a side; None: no resizing
+        "The side of the training images in `epoch`: the epochs are divided among `sizes` in order, as evenly as possible."
         return self.sizes[epoch * len(self.sizes) // self.epochs] if self.sizes else None
 
 # %% ../nbs/00_config.ipynb #8d722e25
@@ -143,9 +143,9 @@ def set_rng_state(state: dict): # from `rng_state`
     if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'][:torch.cuda.device_count()])
 
 # %% ../nbs/00_config.ipynb #f3948162
-def pick_device(name: str = 'auto' # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
+def pick_device(name: str = 'auto' # 'auto' (CUDA if available, else the CPU), 'cpu', 'cuda', 'cuda:1', 'mps', ...
                ) -> torch.device:
-    "The device called `name`. One that this machine lacks raises `ValueError`."
+    "The device called `name`. An unknown or unavailable one raises `ValueError`."
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: device = torch.device(name)
     except RuntimeError: raise ValueError(f"device: found {name!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from None
@@ -156,7 +156,7 @@ def pick_device(name: str = 'auto' # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps', ...
 # %% ../nbs/00_config.ipynb #e014b6ef
 def hardware(device: torch.device # the device that did the work
             ) -> str:
-    "What did the work, in words: the GPU's name, or the CPU's with its threads and vector units."
+    "The hardware by name: the GPU model, or the CPU model with its number of threads and vector instruction set."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     if device.type != 'cpu': return f'{device.type} of {platform.platform()}'
     name = platform.processor() or platform.machine()

@@ -23,11 +23,11 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 # %% ../nbs/01_data.ipynb #ad9c4bf2
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    "Images of one size with their labels. Arrays that do not fit raise `ValueError`."
+    "Images of one size with their labels. Arrays of another dtype or shape and labels out of range raise `ValueError`."
     images: np.ndarray               # uint8 (N, H, W, 3), RGB
     labels: np.ndarray               # int64 (N,), indices into `classes`
     classes: tuple[str, ...]         # class names
-    masks: np.ndarray | None = None  # bool (N, H, W): where the object is, if the truth is known
+    masks: np.ndarray | None = None  # bool (N, H, W): ground-truth masks of the objects, if known
 
     def __post_init__(self):
         object.__setattr__(self, 'classes', tuple(self.classes))
@@ -52,7 +52,7 @@ class ImageSet:
 
     @cached_property
     def sha256(self) -> str:
-        "A hash of the pixels, labels and class names, to tell one set from another."
+        "SHA-256 (hexadecimal) of the pixels, labels and class names; identifies the set."
         digest = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
         for array in (self.images, self.labels): digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
@@ -79,7 +79,7 @@ def _check_set(s):
 # %% ../nbs/01_data.ipynb #c75577c5
 def cifar10(root: str | Path | None = None # folder of the official files; None: the user's cache folder
            ) -> tuple[ImageSet, ImageSet]: # the 50,000 training and the 10,000 test images
-    """CIFAR-10, downloaded when absent. A failed download or a file that is not as published raises `FileNotFoundError`.
+    """CIFAR-10, downloaded if missing. A failed download or a wrong checksum raises `FileNotFoundError`.
 
     Source: [Krizhevsky 2009](https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf)."""
     from fastcore.xdg import xdg_cache_home
@@ -99,9 +99,9 @@ MAX_PIXELS = 16_000_000  # of an image, known before it is decoded
 # %% ../nbs/01_data.ipynb #9f6d2d57
 def read_image(file: str | Path | BinaryIO # a path, or a file open for reading bytes
               ) -> np.ndarray: # uint8 (H, W, 3), RGB
-    """A PNG, JPEG or WebP image of any mode, as RGB. Another format, a damaged file or too large an image raises `ValueError`.
+    """A PNG, JPEG or WebP image of any mode, as RGB. Another format, a damaged file, or one above `MAX_BYTES` or `MAX_PIXELS` raises `ValueError`.
 
-    Turned upright as its EXIF says. Gray is repeated, 16-bit gray keeps its upper eight bits, transparency is laid
+    The EXIF orientation is applied. Gray is repeated, 16-bit gray keeps its upper eight bits, transparency is composited
     on white, palettes and CMYK are converted without colour profiles, and an animation gives its first frame."""
     data, name = _read_bytes(file)
     try:
@@ -154,14 +154,14 @@ def fit_square(image: np.ndarray, # uint8 (H, W, 3)
     return np.array(ImageOps.fit(Image.fromarray(image), (size, size), Image.Resampling.BICUBIC))
 
 # %% ../nbs/01_data.ipynb #24b64b13
-def image_folder(path: str | Path, # holds `train` and `test` with class folders in each, or the class folders
+def image_folder(path: str | Path, # folder with `train` and `test`, each with one folder per class; or with the class folders themselves
                  size: int = 32,   # pixels a side
-                 seed: int = 0     # of the split, where there is no `test`
+                 seed: int = 0     # of the split, used if there are no `train` and `test`
                 ) -> tuple[ImageSet, ImageSet]: # train and test
-    """Images in one folder per class, as squares. Without `train` and `test`, a fifth of each class becomes the test set.
+    """Images from one folder per class, cropped to centred squares. Without `train` and `test`, a fifth of each class becomes the test set.
 
-    Files that are not images, empty classes and classes in one part only raise `ValueError`, which names them.
-    Names that begin with a dot are skipped."""
+    Files that are not images, empty classes and classes in only one of `train` and `test` raise `ValueError`, which names
+    them. Files and folders whose names begin with a dot are skipped."""
     if size < 1: raise ValueError(f'size: found {size}, expected 1 or more pixels a side')
     train, test = _parts(Path(path), seed)
     lone = sorted(train.keys() ^ test.keys())
@@ -263,13 +263,13 @@ def _paint(rng):
     return paint
 
 # %% ../nbs/01_data.ipynb #b8bb35f1
-def shapes(n: int,                         # images; the classes take turns
-           seed: int = 0,                  # of size, place, turn and colour of the shapes
-           size: int = 32,                 # pixels a side; a shape is a quarter to a half of that
-           ground_seed: int | None = None, # of the grounds; None: `seed`
-           erase: bool = False             # leave the shapes out, but not their labels and masks
+def shapes(n: int,                         # number of images, at least 1; the labels cycle through the ten classes
+           seed: int = 0,                  # of the size, position, rotation and colour of the shapes
+           size: int = 32,                 # pixels a side, at least 16; a shape is a quarter to a half of that
+           ground_seed: int | None = None, # of the backgrounds; None: `seed`
+           erase: bool = False             # draw only the backgrounds; labels and masks stay
           ) -> ImageSet: # its masks are the pixels that a shape touches
-    "Ten shapes on textured grounds; neither colour nor ground tells the class. Image i depends on the seeds and i alone."
+    "Images of ten shapes on textured backgrounds; neither colour nor background reveals the class. Image i does not depend on `n`."
     if n < 1 or size < 16: raise ValueError(f'found n={n}, size={size}; expected n of at least 1, size of at least 16')
     classes, ground_seed = tuple(_SHAPES), seed if ground_seed is None else ground_seed
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), bool)

@@ -47,7 +47,7 @@ def train_step(model: nn.Module,                 # in train mode
                y: Tensor,                        # labels, int64 (B,)
                optimizer: torch.optim.Optimizer, # of the model's parameters
                precision: str = 'fp32',          # 'fp32' or 'bf16'
-               label_smoothing: float = 0.0      # share of the target that is spread over all classes
+               label_smoothing: float = 0.0      # fraction of the target spread evenly over all classes
               ) -> tuple[Tensor, Tensor]:        # mean loss, and logits (B, K) before the step
     "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change."
     logits = forward(model, x, precision)
@@ -84,7 +84,7 @@ def forward(model: nn.Module, # any classifier
             x: Tensor,        # images, float (B, 3, H, W)
             precision: str    # 'fp32' or 'bf16'
            ) -> Tensor:       # logits, float32 (B, K)
-    "The model's logits; 'bf16' means bfloat16 autocast with channels last. Another precision raises `ValueError`, as does a model that gives anything but (B, K)."
+    "The model's logits; 'bf16' means bfloat16 autocast and channels-last input. Another precision, or an output that is not (B, K), raises `ValueError`."
     if precision not in ('fp32', 'bf16'): raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16', as `History.precision` has it")
     if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): logits = model(x)
@@ -94,7 +94,7 @@ def forward(model: nn.Module, # any classifier
 
 # %% ../nbs/06_engine.ipynb #ecf84911
 class Scores(NamedTuple):
-    "Means over images."
+    "Mean loss and accuracy over all images."
     loss: float     # cross-entropy, nats
     accuracy: float # fraction
 
@@ -105,7 +105,9 @@ def train(model: nn.Module,                 # on its device; put into train mode
           label: str = 'train',             # of the progress bar
           step: Callable = train_step       # what to do with a batch; same arguments and result as `train_step`
          ) -> Scores:
-    "One pass over `batches` with a step for each. `FloatingPointError` and `MemoryError` say where and what to try; a batch of another form raises `TypeError`. Inside `distributed`, all processes call it."
+    """Train for one pass over `batches`. Inside `distributed`, all processes must call it.
+
+    Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, and `TypeError` for one of another form."""
     device = next(model.parameters()).device
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -168,7 +170,7 @@ def _too_large(device, batch_size):
 # %% ../nbs/06_engine.ipynb #1fae09bc
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    "What a model predicted for a set; accuracy, mistakes and confusion are derived from it. Labels beyond the model's outputs raise `ValueError`."
+    "A model's logits for a set and the true labels; accuracy, mistakes and confusion matrix follow from them. Labels out of range raise `ValueError`."
     logits: Tensor # float32 (N, K), on the CPU
     labels: Tensor # int64 (N,), on the CPU
 
@@ -192,14 +194,14 @@ class Evaluation:
         return wrong[self.confidence[wrong].argsort(descending=True, stable=True)]
     @property
     def confusion(self) -> Tensor:
-        "Counts (K, K): row the true class, column the predicted one."
+        "The confusion matrix, int64 (K, K): rows are true classes, columns predicted classes."
         k = self.logits.shape[1]
         return torch.bincount(self.labels * k + self.predictions, minlength=k * k).view(k, k)
 
     def require(self,
-                images: ImageSet # the set that is said to have been tested
+                images: ImageSet # the set that should have been tested
                ):
-        "Raise `ValueError` unless the evaluation is of these images in this order, as far as the labels tell."
+        "Raise `ValueError` unless the labels of `images` are those of the evaluation, in the same order."
         if len(self.labels) != len(images):
             raise ValueError(f'the evaluation is of {len(self.labels)} images, the set has {len(images)}')
         if self.labels.tolist() != images.labels.tolist():
@@ -210,7 +212,7 @@ def test(model: nn.Module,        # on its device; its train flags are restored
          batches: Iterable,       # of (x, y), in the order of the set
          precision: str = 'fp32'  # 'fp32' or 'bf16'
         ) -> Evaluation:
-    "The model's logits for every image, in eval mode and without a graph. A batch that is too large for a GPU raises `MemoryError`."
+    "The model's logits for every image, in eval mode, without gradients. A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`."
     device, flags = next(model.parameters()).device, {m: m.training for m in model.modules()}
     logits, labels = [], []
     try:
@@ -231,9 +233,9 @@ test.__test__ = False  # pytest would take the name for a test
 def faster_precision(model: nn.Module, # on its device; not changed
                      x: Tensor,        # a batch of images, float (B, 3, H, W)
                      y: Tensor,        # its labels, int64 (B,)
-                     steps: int = 4    # of each precision, at most; the fastest counts
+                     steps: int = 4    # at most this many per precision; the fastest counts
                     ) -> str: # 'fp32' or 'bf16'
-    "Time training steps in float32 and in bfloat16 on copies of the model, and name the faster."
+    "Time training steps in float32 and in bfloat16 on copies of the model, and return the faster."
     best, enough, before = {}, math.inf, rng_state()
     for precision in ('fp32', 'bf16'):
         trial = prepare(copy.deepcopy(model), precision).train()
@@ -249,7 +251,7 @@ def faster_precision(model: nn.Module, # on its device; not changed
 def prepare(model: nn.Module, # changed in place
             precision: str    # 'fp32' or 'bf16'
            ) -> nn.Module:
-    "The model with its weights in the memory layout that `precision` runs fastest in."
+    "The model in the memory format that suits `precision`: channels last for 'bf16', else unchanged."
     return model.to(memory_format=torch.channels_last) if precision == 'bf16' else model
 
 # %% ../nbs/06_engine.ipynb #529cdf2d
@@ -259,10 +261,10 @@ class History:
     config: Config
     hardware: str
     versions: dict
-    epochs: list[dict] = field(default_factory=list) # epoch, lr, train_loss (of the recipe's smoothed targets), train_accuracy, test_loss, test_accuracy, seconds
+    epochs: list[dict] = field(default_factory=list) # epoch, lr (at its start), train_loss (label-smoothed), train_accuracy, test_loss, test_accuracy, seconds
     precision: str = ''      # the precision that `config.precision` resolved to
-    command: str = ''        # that reproduces the run
-    weights_sha256: str = '' # of the model that came out
+    command: str = ''        # command line that reproduces the run
+    weights_sha256: str = '' # SHA-256 of the saved weights file
 
     @property
     def seconds(self) -> float:
@@ -270,12 +272,12 @@ class History:
         return sum(e['seconds'] for e in self.epochs)
 
     def to_dict(self) -> dict:
-        "The form of a results file."
+        "The record as a JSON-serialisable dictionary, the content of a results file."
         return {'history': self.epochs, 'config': asdict(self.config), 'seed': self.config.seed, 'precision': self.precision,
                 'hardware': self.hardware, 'versions': self.versions, 'seconds': round(self.seconds, 2),
                 'command': self.command, 'weights_sha256': self.weights_sha256}
 
-    def save(self, path: str | Path): # ends in .json
+    def save(self, path: str | Path): # a JSON file
         "Write the record as JSON."
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=1).encode())
 
@@ -294,29 +296,29 @@ class History:
 # %% ../nbs/06_engine.ipynb #6aa9a47f
 def make_optimizer(model: nn.Module, # its parameters are optimised
                    config: Config,   # lr, momentum, weight_decay, nesterov, muon_lr; warmup, or step_size and gamma
-                   steps: int = 1    # an epoch
+                   steps: int = 1    # steps per epoch; used with `warmup` only
                   ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LRScheduler]:
-    "The recipe's optimizer and its schedule, to be stepped once an epoch, or with `warmup` once a step."
+    "The recipe's optimizer and learning-rate schedule. Step the schedule once per epoch, or with `warmup` once per training step."
     options = {'lr': config.lr, 'momentum': config.momentum, 'weight_decay': config.weight_decay, 'nesterov': config.nesterov}
     optimizer = Muon(model, config.muon_lr, **options) if config.muon_lr else torch.optim.SGD(model.parameters(), **options)
     if not config.warmup: return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step / (steps * config.epochs), config.warmup))
 
 def triangle(done: float,  # share of the steps that are done, in [0, 1]
-             warmup: float # share of them in which the learning rate rises, in (0, 1)
-            ) -> float:    # factor of the highest learning rate
-    "Linear from a fifth to one (*warm-up*), then linear to zero (*decay*)."
+             warmup: float # fraction of the steps with a rising learning rate, in (0, 1)
+            ) -> float:    # factor by which the peak learning rate is multiplied
+    "Rises linearly from 0.2 to 1 (*warm-up*), then falls linearly to 0 (*decay*)."
     return 0.2 + 0.8 * done / warmup if done < warmup else (1 - done) / (1 - warmup)
 
 # %% ../nbs/06_engine.ipynb #50e891e1
 class Muon(torch.optim.SGD):
-    """SGD with orthogonalised steps for the filters of convolutions with more than three input channels, whose norms are kept at sqrt(filters).
+    """SGD with orthogonalised updates for convolutions with more than three input channels per group; each such weight has its norm held at sqrt(out_channels).
 
     Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
     def __init__(self,
                  model: nn.Module, # its parameters are optimised
-                 muon_lr: float,   # learning rate of the filters
-                 **options):       # of SGD, for the others
+                 muon_lr: float,   # learning rate of these convolutions
+                 **options):       # of SGD, for all other parameters
         filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]
         chosen = {id(p) for p in filters}
         others = [p for p in model.parameters() if id(p) not in chosen]
@@ -354,8 +356,8 @@ def _rows(gradient):
 
 # %% ../nbs/06_engine.ipynb #397703c4
 def orthogonal(matrices: Tensor # (B, M, N)
-              ) -> Tensor:      # (B, M, N), in the type of the matrices; their larger singular values are about one
-    """The nearest matrices with orthogonal rows or columns, roughly: three rounds of a Newton-Schulz iteration, in the type of autocast.
+              ) -> Tensor:      # (B, M, N), in the dtype of the input; the larger singular values are about one
+    """Roughly the nearest matrices with orthonormal rows or columns: three steps of a Newton-Schulz iteration, in the dtype of autocast if it is on.
 
     Source: polynomial of [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), on Gram matrices as in
     [Dao AI Lab 2026](https://dao-ailab.github.io/blog/2026/gram-newton-schulz/)."""
@@ -380,12 +382,12 @@ def _factor(gram):
 
 # %% ../nbs/06_engine.ipynb #281f59e2
 class Lookahead:
-    """Slow weights, to which the network is reset every few steps and at the end.
+    """Lookahead: slow (averaged) weights, to which the network is reset every few steps and at the end.
 
     Source: [Zhang et al. 2019](https://arxiv.org/abs/1907.08610); the schedule of [Jordan 2024](https://arxiv.org/abs/2404.00498)."""
     def __init__(self,
                  model: nn.Module, # is changed in place
-                 every: int,       # steps between two averagings
+                 every: int,       # steps between two updates of the slow weights
                  steps: int):      # of the whole run; fewer than `every` raise `ValueError`
         if steps < every: raise ValueError(f'found an averaging every {every} steps in a run of {steps}, which would end as it began; '
                                            'expected at least one; take smaller batches, more epochs, or lookahead=0')
@@ -409,14 +411,14 @@ class Lookahead:
         return {'slow': self.slow, 'done': self.done}
 
     def load_state_dict(self, state: dict): # from `state_dict`
-        "Continue from where `state` was taken."
+        "Restore the slow weights and the number of steps."
         self.done = state['done']
         for name, value in self.slow.items(): value.copy_(state['slow'][name])
 
 # %% ../nbs/06_engine.ipynb #b5e168c8
 def zero_gamma(model: nn.Module # changed in place
               ) -> nn.Module:
-    """Set the scale of the last batch normalisation of each fresh `BasicBlock` and `Bottleneck` to zero. Warns where there is none.
+    """Set the scale of the last batch normalisation of each untrained `BasicBlock` and `Bottleneck` to zero. Warns if the model has no such block.
 
     Source: [Goyal et al. 2017](https://arxiv.org/abs/1706.02677), section 5.1."""
     blocks = [block for block in model.modules() if isinstance(block, BasicBlock | Bottleneck)]
@@ -430,9 +432,9 @@ def zero_gamma(model: nn.Module # changed in place
 class Recorded:
     """A function of tensors on a GPU. Its fourth call is recorded as a CUDA graph, which is replayed from then on.
 
-    It must do the same work at every call. Its result is overwritten by the next call."""
+    The function must do the same work on tensors of the same shapes at every call. A call overwrites the result of the one before."""
     def __init__(self,
-                 function: Callable): # tensors in, a tuple of tensors or nothing out
+                 function: Callable): # takes tensors, returns a tuple of tensors or None
         self.function, self.calls, self.graph = function, 0, None
 
     def __call__(self, *tensors):
@@ -457,7 +459,7 @@ def _aside(function, tensors):
 
 # %% ../nbs/06_engine.ipynb #a1c0de04
 class RecordedStep:
-    "`train_step` for a GPU, recorded once for each batch shape; same arguments and result."
+    "`train_step` for a GPU, recorded as CUDA graphs once per batch shape; same arguments and result. Make one for each model and optimizer."
     def __init__(self): self.recorded = {}
 
     def __call__(self, model, x, y, optimizer, precision='fp32', label_smoothing=0.0):
@@ -498,21 +500,21 @@ def _parts(model, config, steps):
 
 # %% ../nbs/06_engine.ipynb #ab870fb4
 def fit(model: nn.Module,                     # trained in place, and moved to the device
-        train_batches: Iterable,              # of (x, y), re-iterable; `set_epoch` is called where there is one
+        train_batches: Iterable,              # of (x, y), re-iterable; `set_epoch` is called if they have it
         test_batches: Iterable | None = None, # of (x, y); tested after each epoch
         config: Config = Config.session9(),   # the recipe
         device: str = 'auto',                 # as `pick_device` takes it
-        out: str | Path | None = None,        # folder for a checkpoint an epoch
+        out: str | Path | None = None,        # folder for checkpoints, one per epoch; the newest two are kept
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
-    """Train by the recipe. Resumed after a kill, it ends with the weights of an uninterrupted run. The model is left in train mode.
+    """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
 
-    That holds on the same machine (with a GPU, if `torch.backends.cudnn.deterministic` is set and the recipe does not
-    compile), for batches that depend on nothing but `set_epoch` and torch's global generators. Raises `FloatingPointError` for a
-    loss or weights that are not finite, `MemoryError` for batches too large for a GPU, `FileExistsError` for a folder that holds
-    a run (unless `resume` is set) or that another process trains in, `ValueError` for a folder that holds another run, batches
-    of another recipe and labels beyond the model's outputs, `TypeError` for anything but a recipe and batches, and
-    `CheckpointError` for a folder that cannot be written to or that another version wrote. Inside `distributed`, all processes call it alike."""
+    Same weights: on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`), for batches
+    that depend only on `set_epoch` and PyTorch's global generators. Raises `FloatingPointError` for a loss or weights that are
+    not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
+    is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe, frozen models,
+    and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
+    that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call it alike."""
     _check_config(config)
     _check_trainable(model)
     _check_batches(train_batches, config)
@@ -528,6 +530,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         network, one_step = _fastest(prepare(model, history.precision), config, device)
         parts = _parts(model, config, len(train_batches))
         if state: _restore(parts, state, out)
+        model.train()
         step, done = partial(_step, one_step, parts, config), len(history.epochs)
         for epoch in (bar := _progress(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
             start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
@@ -776,9 +779,9 @@ def _same_machine(history, state, device):
 # %% ../nbs/06_engine.ipynb #ed3877bd
 @contextmanager
 def distributed() -> Iterator[int]:
-    """Join the processes that `torchrun` has started, for the length of the block, and give the rank of this one; 0 without `torchrun`.
+    """Context manager: join the process group started by `torchrun` and yield the rank of this process; 0 without `torchrun`.
 
-    More processes than GPUs raise `ValueError`, and a second block `RuntimeError`: `torchrun` lets processes join once."""
+    More processes than GPUs on a machine with GPUs raise `ValueError`, and a second block `RuntimeError`: processes can join only once."""
     global _together
     if 'TORCHELASTIC_RUN_ID' not in os.environ: return (yield 0)
     if _together is not False: raise RuntimeError('distributed() was entered before; put all of the training into one block')

@@ -32,9 +32,9 @@ from .save_load import write_atomically
 # %% ../nbs/07_lr_finder.ipynb #5befc707
 def local_lines(x: np.ndarray, # positions, (N,)
                 y: np.ndarray, # noisy values, (N,)
-                width: float   # standard deviation of the weights, in units of x
+                width: float   # bandwidth: standard deviation of the Gaussian weights, in units of x
                ) -> tuple[np.ndarray, np.ndarray]: # value and slope of the line at each x, (N,) and (N,)
-    "Local linear regression: fit a line around every point, near points weighing most ([Cleveland 1979](https://doi.org/10.2307/2286407); the weights are Gaussian)."
+    "Local linear regression with Gaussian weights, after [Cleveland 1979](https://doi.org/10.2307/2286407)."
     d = x[None] - x[:, None]
     w = np.exp(-(d / width)**2 / 2)
     w0, w1, w2 = w.sum(1), (w * d).sum(1), (w * d**2).sum(1)
@@ -46,14 +46,14 @@ def local_lines(x: np.ndarray, # positions, (N,)
 @dataclass
 class LRCurve:
     "The loss at each learning rate of a sweep. `suggestions`, `lr` and `caveats` say what can be read from it."
-    lrs: list[float]              # evenly spaced in log, ascending; of the optimizer's first parameter group
-    losses: list[float]           # cross-entropy of a batch before the step at that learning rate, nats
-    stopped: str = 'finished'     # or 'diverged', or 'not finite': why there are no more points
+    lrs: list[float]              # ascending, evenly spaced on a log scale; of the optimizer's first parameter group
+    losses: list[float]           # training loss of a batch before the step at that learning rate, nats
+    stopped: str = 'finished'     # why the sweep ended: 'finished', 'diverged' or 'not finite'
     config: Config | None = None  # the recipe
     precision: str = ''           # of the steps, 'fp32' or 'bf16'
-    hardware: str = ''            # that made them
+    hardware: str = ''            # hardware of the sweep, by name
     versions: dict = field(default_factory=dict)
-    seconds: float = 0.0          # that they took
+    seconds: float = 0.0          # duration of the sweep
 
     def __post_init__(self):
         if len(self.lrs) != len(self.losses):
@@ -90,7 +90,7 @@ def _unreadable(curve):
 # %% ../nbs/07_lr_finder.ipynb #ee0b6550
 @patch(as_prop=True)
 def suggestions(self: LRCurve) -> dict[str, float]:
-    "Learning rates by the name of the rule; empty where the curve shows no clear fall, and `caveats` says why."
+    "Learning rates by rule: 'steepest', 'valley', 'minimum/10', 'minimum/3'. Empty if none can be read from the curve; `caveats` says why."
     if _unreadable(self): return {}
     smooth, slope, _, inner = _fitted(self)
     low = inner[smooth[inner].argmin()]
@@ -109,7 +109,7 @@ def smooth(self: LRCurve) -> list[float]:
 # %% ../nbs/07_lr_finder.ipynb #a8cbaa33
 @patch(as_prop=True)
 def lr(self: LRCurve) -> float:
-    "The recommended learning rate: a third of that at the minimum. `ValueError` where the curve shows no clear fall."
+    "The recommended learning rate: a third of the one at the minimum loss. Raises `ValueError` if none can be read from the curve."
     if not self.suggestions: raise ValueError(f'no learning rate can be read from this curve: {_unreadable(self)}')
     return self.suggestions['minimum/3']
 
@@ -130,7 +130,7 @@ def caveats(self: LRCurve) -> list[str]:
 # %% ../nbs/07_lr_finder.ipynb #3430627e
 @patch
 def to_dict(self: LRCurve) -> dict:
-    "The form of a results file: the fields, and what was read from them."
+    "The curve as a JSON-serialisable dictionary: its fields, `suggestions` and `lr`."
     config = None if self.config is None else asdict(self.config)
     return {**vars(self), 'config': config, 'suggestions': self.suggestions, 'lr': self.lr if self.suggestions else None}
 
@@ -142,7 +142,7 @@ def from_dict(cls: LRCurve, d: dict # from `to_dict`
     return cls(d['lrs'], d['losses'], d['stopped'], config, d['precision'], d['hardware'], d['versions'], d['seconds'])
 
 @patch
-def save(self: LRCurve, path: str | Path): # ends in .json
+def save(self: LRCurve, path: str | Path): # a JSON file
     "Write the curve as JSON."
     write_atomically(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
 
@@ -228,18 +228,19 @@ _FROM_THE_START = 'the loss is no number before any step: look at the images and
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
-            batches: Iterable,                  # of (x, y); re-iterable, and read again where it is short
+            batches: Iterable,                  # of (x, y), re-iterable; read again if there are fewer than `steps`
             config: Config = Config.session9(), # the recipe: optimizer, precision, loss, and size of the first epoch's images
-            optimizer: torch.optim.Optimizer | None = None, # of the model, to sweep with a copy of; None: the recipe's
+            optimizer: torch.optim.Optimizer | None = None, # of the model; a copy of it is used. None: the recipe's optimizer
             start: float = 1e-5,                # first learning rate
             end: float = 1.0,                   # last learning rate
-            steps: int = 100,                   # training steps, each at its own learning rate
+            steps: int = 100,                   # training steps, at least 10, each at its own learning rate
             device: str = 'auto'                # as `pick_device` takes it
            ) -> LRCurve:
-    """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Leaves no trace.
+    """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Has no side effects.
 
     Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises `FloatingPointError`.
-    Batches that can be read only once and labels beyond the model's outputs raise `ValueError`, batches too large for a GPU `MemoryError`, and anything but a recipe and batches `TypeError`. Each of the curve's `caveats` is issued as a warning."""
+    Frozen models, batches that can be read only once, and sets with more classes than the model has outputs raise `ValueError`, batches too large
+    for a GPU `MemoryError`, a config or batches of the wrong type `TypeError`. Each of the curve's `caveats` is issued as a warning."""
     _check(batches, config, start, end, steps)
     _check_trainable(model)
     device = pick_device(device)

@@ -52,29 +52,29 @@ from .visual import overlay
 # %% ../nbs/10_panel.ipynb #a65355d7
 @dataclass(frozen=True)
 class View:
-    "All that a person can choose, and all the state there is."
+    "Everything a user can choose in the panel, and its whole state."
     show: str = 'wrong'                             # 'wrong', 'right' or 'all'
-    true: int | str = 'any'                         # only images of this class
-    predicted: int | str = 'any'                    # only images taken for this class
+    true: int | str = 'any'                         # only images of this true class (index)
+    predicted: int | str = 'any'                    # only images predicted as this class (index)
     confidence: tuple[float, float] = (0.0, 1.0)    # only images whose confidence is in this range
     order: str = 'most confident first'             # a key of `ORDERS`
-    place: int = 1                                  # position in the list that these fields select, from 1
-    own: int | None = None                          # the uploaded image that is shown instead, if one is
-    explain: int | str = 'predicted'                # a class, or 'predicted' or 'true': the image's own
-    difference: bool = False                        # predicted minus true instead of a class
+    place: int = 1                                  # position in the list selected by the fields above, from 1
+    own: int | None = None                          # index of the uploaded image shown instead; None: none
+    explain: int | str = 'predicted'                # class index to explain, or the image's 'predicted' or 'true' class
+    difference: bool = False                        # map of the predicted class minus that of the true class
     method: str = 'GradCAM'                         # a key of `gradcam.METHODS`
-    layers: tuple[str, ...] = ()                    # a heatmap each
+    layers: tuple[str, ...] = ()                    # layer names; one heatmap per layer
     alpha: float = 0.5                              # opacity of the heatmaps, 0 to 1
     cmap: str = 'inferno'                           # a matplotlib colour map
-    cells: bool = False                             # the cells that a map really has, not smoothed
+    cells: bool = False                             # draw the cells of the map without interpolation
 
 # %% ../nbs/10_panel.ipynb #0d30f486
 _LIST = {'show', 'true', 'predicted', 'confidence', 'order'}  # the fields that make the list
 
 def changed(view: View,
-            **choices # fields of `View` that were chosen
+            **choices # fields of `View` to change
            ) -> View:
-    "The view after a choice: a new list begins at its first image, and choosing a class turns `difference` off."
+    "The view after a choice: new filters start at the first image of the list, and choosing a class turns `difference` off."
     follows = {}
     if _LIST & choices.keys(): follows |= {'place': 1, 'own': None}
     if 'place' in choices: follows |= {'own': None}
@@ -84,18 +84,18 @@ def changed(view: View,
 # %% ../nbs/10_panel.ipynb #bc5b51ff
 @dataclass(frozen=True, eq=False)
 class Table:
-    "What images are listed by: columns of N numbers."
+    "The columns that images are filtered and sorted by, each an array (N,)."
     index: np.ndarray       # 0, 1, 2, ...
-    true: np.ndarray        # class, -1 for one that the model does not know
-    predicted: np.ndarray   # class, -1 without finite logits
+    true: np.ndarray        # class index, -1 if the model has no such class
+    predicted: np.ndarray   # class index, -1 without finite logits
     confidence: np.ndarray  # probability of the predicted class; 0 without finite logits
-    margin: np.ndarray      # by how much that is above the next probability
-    loss: np.ndarray        # cross-entropy, nats; infinite where it has no value
+    margin: np.ndarray      # confidence minus the second largest probability
+    loss: np.ndarray        # cross-entropy, nats; infinite where it is undefined
 
 def tabulate(true: np.ndarray,              # classes, int64 (N,); -1: unknown
              logits: Tensor | None = None   # (N, K); None: not classified yet
             ) -> Table:
-    "The columns of a `Table`. Without logits, every image gets the same values."
+    "The columns of a `Table`. Without logits, `predicted` is -1, and confidence, margin and loss are 0."
     n = len(true)
     if logits is None: return Table(np.arange(n), true, np.full(n, -1), *np.zeros((3, n)))
     labels, finite = torch.from_numpy(true), logits.isfinite().all(1)
@@ -106,16 +106,16 @@ def tabulate(true: np.ndarray,              # classes, int64 (N,); -1: unknown
     return Table(np.arange(n), true, *(c.numpy() for c in (predicted, top[:, 0], top[:, 0] - top[:, -1], loss)))
 
 # %% ../nbs/10_panel.ipynb #167056ec
-ORDERS = {  # what to say -> the column to sort by, and 1 for the smallest first or -1 for the largest
+ORDERS = {  # label -> column to sort by, and 1 for ascending or -1 for descending
     'most confident first': ('confidence', -1), 'least confident first': ('confidence', 1),
     'largest loss first': ('loss', -1), 'smallest loss first': ('loss', 1),
     'smallest margin first': ('margin', 1), 'largest margin first': ('margin', -1),
     'as in the set': ('index', 1)}
 
-def select(view: View,   # `show`, `true`, `predicted`, `confidence` and `order` count
+def select(view: View,   # uses `show`, `true`, `predicted`, `confidence` and `order`
            table: Table
           ) -> np.ndarray: # indices, int64
-    "The images that the view lists. Ties stay in the order of the set."
+    "Indices of the images that the view lists, in its order. Ties keep the order of the set."
     right, (low, high) = (table.predicted == table.true) & (table.true >= 0), view.confidence
     kept = {'wrong': ~right, 'right': right, 'all': np.ones_like(right)}[view.show]
     kept = kept & (table.confidence >= low) & (table.confidence <= high)
@@ -128,7 +128,7 @@ def select(view: View,   # `show`, `true`, `predicted`, `confidence` and `order`
 def probe(model: nn.Module, # an image classifier
           x: Tensor         # one image as the model takes it, (1, 3, H, W)
          ) -> tuple[Tensor, dict[str, tuple[int, int, int]]]:
-    "The logits (1, K), and for each size of grid the last layer that gives it: name -> channels, rows and columns."
+    "The logits (1, K), and the last layer of each grid size (of more than one cell): name -> (channels, rows, columns)."
     network, stages = unwrap(model), {}
     def note(name, module, inputs, output):
         grid = isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1
@@ -142,10 +142,10 @@ def probe(model: nn.Module, # an image classifier
 
 # %% ../nbs/10_panel.ipynb #4e630664
 def match_classes(images: ImageSet,            # the set
-                  names: Sequence[str] | None, # of the model's classes; None: unknown
+                  names: Sequence[str] | None, # class names of the model; None: unknown
                   k: int                       # how many classes the model has
                  ) -> tuple[tuple[str, ...], np.ndarray]:
-    "The names of the K classes, and each image's true class by the model's numbers, -1 where it has no such class."
+    "The K class names, and each image's true class as the model's class index, int64 (N,), -1 where the model has no such class."
     if names is None or len(names) != k:
         names = images.classes if len(images.classes) == k else [f'class {i}' for i in range(k)]
     if tuple(names) == tuple(images.classes): return tuple(names), images.labels  # also where two have one name
@@ -160,9 +160,9 @@ def _enlarge(x, size, cells):
 
 def heat(raw: Tensor,           # a raw map, (h, w)
          size: tuple[int, int], # (H, W) of the image
-         cells: bool = False    # the cells that the map has; False: smooth, as `Heatmaps.maps`
+         cells: bool = False    # upsample by nearest neighbour; False: bilinear, as `Heatmaps.maps`
         ) -> Tensor: # (H, W)
-    "The positive part of a map, stretched to 0..1 and enlarged; all zero where there is none."
+    "The positive part of a map, min-max scaled to 0..1 and upsampled; all zero if its status is not `OK`."
     drawn = Heatmaps({'': raw[None]}, tuple(raw.shape) if cells else size, raw.new_zeros(1, 1), None).maps[0, 0]
     return _enlarge(drawn, size, True) if cells else drawn
 
@@ -170,14 +170,14 @@ def signed_heat(raw: Tensor,           # a raw map, (h, w)
                 size: tuple[int, int], # (H, W) of the image
                 cells: bool = False    # as `heat` takes it
                ) -> Tensor: # (H, W)
-    "A signed map enlarged, zero at 1/2 and its largest magnitude at 0 or 1."
+    "A signed map upsampled and scaled to 0..1: zero becomes 0.5, the largest magnitude 0 or 1."
     drawn = _enlarge(raw, size, cells)
     return 0.5 + 0.5 * drawn / drawn.abs().max().clamp(min=1e-12)
 
 # %% ../nbs/10_panel.ipynb #d4706dc9
 def png(image: np.ndarray # uint8 (H, W, 3), RGB
        ) -> bytes:
-    "The image as PNG, pixel by pixel; the browser enlarges it."
+    "The image as PNG at its own size; the browser enlarges it."
     buffer = BytesIO()
     Image.fromarray(image).save(buffer, 'png', compress_level=1)
     return buffer.getvalue()
@@ -185,9 +185,9 @@ def png(image: np.ndarray # uint8 (H, W, 3), RGB
 THUMB, CELL = 64, (76, 110)  # pixels: a thumbnail, and its cell with room for text
 COLUMNS, ROWS = 5, 5
 
-def sprite(images: np.ndarray # uint8 (N, H, W, 3), at most a page of them
+def sprite(images: np.ndarray # uint8 (N, H, W, 3), at most one page of images
           ) -> bytes:
-    "All thumbnails in one PNG, row by row on white, so that a page of them is one picture to send."
+    "All thumbnails of a page in one PNG, row by row on white, so that only one picture is sent."
     (width, height), rows = CELL, -(-len(images) // COLUMNS)
     page = Image.new('RGB', (COLUMNS * width, max(1, rows) * height), 'white')
     resample = Image.Resampling.NEAREST if max(images.shape[1:3]) <= THUMB else Image.Resampling.BOX
@@ -202,7 +202,7 @@ def explain(model: nn.Module,        # an image classifier
             method: str,             # a key of `gradcam.METHODS`
             layers: Sequence[str]    # names
            ) -> dict[str, Heatmaps | str]:
-    "Layer -> its heatmaps for every class, all from one call; or the reason why the method has none there."
+    "Layer -> its heatmaps for every class, or the error message if the method fails at this layer."
     options = {'batch_size': 32} if takes_many_passes(method) else {}
     try: heatmaps = METHODS[method](model, list(layers), **options)(x, 'all')
     except torch.OutOfMemoryError: raise  # says nothing of the layer
@@ -218,10 +218,10 @@ def takes_many_passes(method: str # a key of `gradcam.METHODS`
 
 # %% ../nbs/10_panel.ipynb #066591f3
 class Evidence(CAM):
-    "Keeps what the gradient methods make their maps from: activations, and gradients for every class."
-    def raw_maps(self, seen: ForwardPass # one pass
+    "Records what gradient methods compute maps from: activations, and gradients for every class."
+    def raw_maps(self, seen: ForwardPass # one forward pass
                 ) -> dict[str, Tensor]:
-        "Keep layer -> activation (1, C, h, w) and gradients (K, C, h, w); the maps it gives are of no use."
+        "Keep layer -> activation (1, C, h, w) and gradients (K, C, h, w); the returned maps are placeholders."
         for name, activation in seen.activations.items():
             if len(activation) != len(seen.logits): raise ValueError(f'layer {name!r} runs before the first one named')
         found = list(gradients(seen))
@@ -234,7 +234,7 @@ def gather(model: nn.Module,        # an image classifier
            layers: Sequence[str],   # names, in the order in which they run
            k: int                   # how many classes the model has
           ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Layer -> activation and gradients, and logits (1, K): one pass, from the first layer on for all classes.
+    """Layer -> (activation, gradients), and logits (1, K), from one forward and one backward pass for all classes.
 
     Layers in another order raise `ValueError`."""
     evidence = Evidence(model, list(layers))
@@ -250,12 +250,12 @@ def uses_gradients(method: str # a key of `gradcam.METHODS`
     return METHODS[method].graph and METHODS[method].raw_maps is CAM.raw_maps
 
 def map_evidence(model: nn.Module,        # an image classifier
-                 method: str,             # a key of `gradcam.METHODS`, one that `uses_gradients`
-                 evidence: dict,          # layer -> activation and gradients
+                 method: str,             # a key of `gradcam.METHODS` for which `uses_gradients` is True
+                 evidence: dict,          # layer -> (activation, gradients), from `gather`
                  logits: Tensor,          # (1, K)
                  size: tuple[int, int]    # (H, W) of the image
                 ) -> dict[str, Heatmaps]:
-    "Layer -> the heatmaps of a gradient method for every class, from what `gather` gave, without a pass."
+    "Layer -> the heatmaps of a gradient method for every class, without running the network."
     cam = METHODS[method](model, list(evidence))
     with torch.no_grad():
         raw = {name: cam.heatmap(activation.expand_as(gradient), gradient)
@@ -267,22 +267,22 @@ def map_evidence(model: nn.Module,        # an image classifier
 def watched(model: nn.Module,                      # an image classifier
             on_pass: Callable[[int], None] | None  # called before every pass with the number of images in it
            ):
-    "Be told of every forward pass of the network; an error raised by `on_pass` ends the work before that pass."
+    "Context manager that calls `on_pass` before every forward pass; an exception raised by it stops the work before that pass."
     tell = on_pass or (lambda images: None)
     hook = unwrap(model).register_forward_pre_hook(lambda module, inputs: tell(len(inputs[0])))
     try: yield
     finally: hook.remove()
 
 class Stopped(Exception):
-    "Nobody waits for this work any more."
+    "Raised in a job that was asked to stop."
 
 # %% ../nbs/10_panel.ipynb #263d399d
 def classify(model: nn.Module,                         # an image classifier
              images: ImageSet,                         # the set
              mean: Sequence[float],                    # of each channel, in [0, 1] units
              std: Sequence[float],                     # of each channel, in [0, 1] units
-             report: Callable[[int], None] | None = None, # called after every batch with the number of images done
-             lock=nullcontext()                        # held while the model runs
+             report: Callable[[int], None] | None = None, # called after every batch with the number of images classified
+             lock=nullcontext()                        # context manager held while the model runs
             ) -> Evaluation:
     "The logits of every image, as `engine.test` gives them, without a progress bar of its own."
     device, logits = _device(model), []
@@ -296,9 +296,9 @@ def _device(model): return next((p.device for p in model.parameters()), torch.de
 
 # %% ../nbs/10_panel.ipynb #b6ac643b
 def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> Path:
-    """Where the logits are kept, in the user's cache folder: a name made from layers, weights, images and normalisation.
+    """Path of the cached logits in the user's cache folder; its name is a hash of layers, weights, images and normalisation.
 
-    The code of `forward` and attributes that the model's `repr` does not show are not in it."""
+    A change to the code of `forward`, or to attributes that the model's `repr` does not show, does not change the name."""
     digest, network = blake2b(digest_size=16), unwrap(model)
     digest.update(repr((network, tuple(mean), tuple(std), images.images.shape)).encode())
     for name, value in network.state_dict().items():
@@ -309,14 +309,14 @@ def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: 
     return xdg_cache_home()/'eva_session9'/'logits'/f'{digest.hexdigest()}.npy'
 
 def stored_evaluation(file: Path, images: ImageSet) -> Evaluation | None:
-    "The evaluation kept in `file`; None where there is none that can be used."
+    "The evaluation cached in `file`; None if it is missing, unreadable or does not fit the images."
     try: logits = torch.from_numpy(np.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError): return None
     fits = logits.dtype == torch.float32 and logits.ndim == 2 and len(logits) == len(images)
     return Evaluation(logits, torch.from_numpy(images.labels)) if fits else None
 
 def store_evaluation(file: Path, evaluation: Evaluation):
-    "Keep the logits. Where they cannot be written, `CheckpointError`."
+    "Write the logits to `file`. Raises `CheckpointError` if they cannot be written."
     buffer = BytesIO()
     np.save(buffer, evaluation.logits.numpy())
     write_atomically(file, buffer.getvalue())
@@ -324,13 +324,13 @@ def store_evaluation(file: Path, evaluation: Evaluation):
 # %% ../nbs/10_panel.ipynb #a03188ff
 @dataclass(frozen=True, eq=False)
 class Picked:
-    "One image: of the set, or a file."
-    key: int                     # its index in the set; of files -1, -2, ...
-    pixels: np.ndarray           # uint8 (H, W, 3)
+    "One image, from the set or from an uploaded file."
+    key: int                     # its index in the set; -1, -2, ... for uploaded files
+    pixels: np.ndarray           # uint8 (H, W, 3), RGB
     name: str                    # such as 'image 12', or the name of the file
     label: str                   # the name of its true class; '' if unknown
-    true: int                    # its true class; -1 if unknown to the model
-    logits: Tensor | None        # (K,); None where the model cannot take it
+    true: int                    # index of its true class; -1 if unknown to the model
+    logits: Tensor | None        # (K,); None if the model cannot run on it
 
     @property
     def predicted(self) -> int:
@@ -345,7 +345,7 @@ def explained_class(view: View, picked: Picked) -> int:
 
 # %% ../nbs/10_panel.ipynb #a722e449
 def image_caption(picked: Picked, classes: Sequence[str]) -> str:
-    "What the image is and what it was taken for, in lines."
+    "Caption of the image: its name, true class and predicted class with probability, one per line."
     lines, k = [picked.name], picked.predicted
     if picked.label: lines.append(f'true: {picked.label}')
     if k >= 0: lines.append(f'predicted: {classes[k]}, {picked.logits.softmax(0)[k]:.1%}')
@@ -353,10 +353,10 @@ def image_caption(picked: Picked, classes: Sequence[str]) -> str:
     return '\n'.join(lines)
 
 def map_caption(name: str,               # of the layer
-                raw: Tensor,             # its map, (h, w)
-                difference: bool = False # is it the difference of two maps?
+                raw: Tensor,             # its raw map, (h, w)
+                difference: bool = False # whether `raw` is the difference of two maps
                ) -> tuple[str, bool]:
-    "The layer, the true size of its map, its extremes, and what is wrong with it if anything is; and whether it can be drawn."
+    "Caption (layer, size of the raw map, its extremes, and its status if not `OK`), and whether the map can be drawn."
     (h, w), code, top = raw.shape, Status(Status.of(raw).item()), raw.abs().max()
     lines = [name, f'{h} x {w} cells', f'raw maximum {raw.max():.3g}']
     if difference:
@@ -365,7 +365,7 @@ def map_caption(name: str,               # of the layer
     if code != Status.OK: lines.append(str(code))
     return '\n'.join(lines), code == Status.OK
 
-def lines_html(text: str # anything
+def lines_html(text: str # plain text
               ) -> str:
     "Text as HTML: escaped, line by line, the first line bold."
     first, *rest = escape(text).split('\n')
@@ -373,18 +373,18 @@ def lines_html(text: str # anything
 
 # %% ../nbs/10_panel.ipynb #7730f935
 def thumbnail_label(index: int,             # of the image
-                    table: Table,           # what the model said of all images
-                    classes: Sequence[str], # the model's names of the classes
-                    label: str              # what the image is
+                    table: Table,           # predictions for all images
+                    classes: Sequence[str], # class names of the model
+                    label: str              # name of the true class
                    ) -> str:
-    "Lines for under a thumbnail: its number and the confidence, the prediction, and what it is."
+    "Text under a thumbnail, in lines: index and confidence, predicted class, and 'right' or the true class."
     k = table.predicted[index]
     if k < 0: return f'#{index}\nis {label}'
     verdict = 'right' if k == table.true[index] else f'is {label}'
     return f'#{index} {table.confidence[index]:.0%}\n{classes[k]}\n{verdict}'
 
 def question(view: View, picked: Picked, classes: Sequence[str]) -> str:
-    "What the heatmaps answer."
+    "Title of the heatmaps: the method and the class explained."
     if view.difference:
         return (f'{view.method}: red speaks for {classes[picked.predicted]}, the predicted class, '
                 f'blue for {classes[picked.true]}, the true class')
@@ -393,7 +393,7 @@ def question(view: View, picked: Picked, classes: Sequence[str]) -> str:
     return f'{view.method} for {classes[k]}{own}'
 
 def obstacle(view: View, picked: Picked) -> str:
-    "Why there are no heatmaps to show; '' if there are."
+    "The reason why no heatmaps can be shown; '' if they can."
     if not view.layers: return 'Choose at least one layer.'
     if (view.difference or view.explain == 'predicted') and picked.predicted < 0:
         return f'{picked.name}: the logits are not finite, so no class is predicted. Choose a class.'
@@ -410,7 +410,7 @@ _ROW = ('<tr><td style="text-align:right;padding:0 8px">{name}</td><td style="wi
 
 def probability_bars(logits: Tensor | None,   # of one image, (K,)
                      classes: Sequence[str],  # names of the K classes
-                     explained: int           # its bar stands out
+                     explained: int           # class index whose bar is highlighted; -1: none
                     ) -> str:
     "The probability of each class as a bar, as HTML; '' without finite logits."
     if logits is None or not logits.isfinite().all(): return ''
@@ -423,19 +423,19 @@ def probability_bars(logits: Tensor | None,   # of one image, (K,)
 # %% ../nbs/10_panel.ipynb #3cf31651
 @dataclass(frozen=True)
 class Page:
-    "What a view shows of the image it picks."
-    message: str = ''                             # what went wrong or is missing
-    title: str = ''                               # what the heatmaps answer
-    pictures: tuple[tuple[bytes, str], ...] = ()  # PNG and caption: the image, then a heatmap a layer
-    picked: Picked | None = None                  # the image
-    explained: int = -1                           # the class
+    "What the panel shows for a view: message, title and pictures."
+    message: str = ''                             # error or hint; '' if none
+    title: str = ''                               # the method and the class explained
+    pictures: tuple[tuple[bytes, str], ...] = ()  # (PNG, caption): the image, then one heatmap per layer
+    picked: Picked | None = None                  # the image shown; None: no image matches
+    explained: int = -1                           # index of the class explained; -1: none
 
 def layer_picture(view: View,
                   picked: Picked,
                   name: str,           # the layer
-                  made: Heatmaps | str # what `explain` made of it
+                  made: Heatmaps | str # from `explain`: heatmaps, or why there are none
                  ) -> tuple[bytes, str]:
-    "A layer's heatmap over the image, as PNG, and its caption; where there is none the faded image, and the reason."
+    "PNG of a layer's heatmap over the image, and its caption; without a heatmap, the faded image and the reason."
     faded, size = png(255 - (255 - picked.pixels) // 4), picked.pixels.shape[:2]
     if isinstance(made, str): return faded, f'{name}\n{made}'
     raw = made.raw[name][0]
@@ -452,10 +452,10 @@ def _contrast(raw, picked, method, logits):
 
 # %% ../nbs/10_panel.ipynb #6310bc38
 class Explorer:
-    """A model, a set of images, what it says of them, and the heatmaps made so far: the panel without its widgets.
+    """The panel without its widgets: a model, a set of images, the predictions, and the heatmaps computed so far.
 
     It works on a copy of the model, so later changes to the model do not reach it.
-    What is wrong with the model or the set as a whole is `problem`; images can then still be looked at.
+    `problem` says what is wrong with the model or the whole set, '' if nothing; the images can still be browsed.
     Arguments that do not fit each other raise `ValueError`."""
     def __init__(self,
                  model: nn.Module,                        # an image classifier
@@ -476,13 +476,13 @@ class Explorer:
         self.adopt(evaluation)
 
     def adopt(self, evaluation: Evaluation | None):
-        "From now on, use this as the model's answers for the set."
+        "Use this evaluation as the model's predictions for the set; None: not classified yet."
         self.evaluation = evaluation
         self.table = tabulate(self.true, None if evaluation is None else evaluation.logits)
 
     @property
     def note(self) -> str:
-        "What every page of this set must mention; '' if nothing."
+        "Note shown on every page, on classes that the model does not have; '' if none."
         strange = [name for name in self.images.classes if name not in self.classes]
         return f'The model has no class {", ".join(strange)}; images of it count as wrong. ' if strange else ''
 
@@ -531,7 +531,7 @@ def add(self: Explorer,
         name: str,     # of the file
         content: bytes # of a PNG, JPEG or WebP file
        ) -> int:
-    "Read a file, crop and resize it as the model needs, and give its number. One that is no image raises `ValueError`."
+    "Read an image file, resize and crop it to the set's size, and return its index. No image, or a set that is not square, raises `ValueError`."
     h, w = self.images.images.shape[1:3]
     if h != w: raise ValueError(f'{name}: cannot be shown beside images of {h} x {w} pixels, which are not square')
     file = BytesIO(content)
@@ -544,7 +544,7 @@ def logits(self: Explorer,
            key: int,         # of `Picked`
            image: np.ndarray # uint8 (H, W, 3)
           ) -> Tensor | None:
-    "The logits of one image, (K,), from the evaluation or from a pass."
+    "The logits of one image, (K,), from the evaluation or a forward pass; None if the model cannot run."
     if key >= 0 and self.evaluation is not None: return self.evaluation.logits[key]
     if key not in self.said and self.runs:
         with self.lock: self.said[key] = probe(self.model, self.input(image))[0][0].float().cpu()
@@ -552,7 +552,7 @@ def logits(self: Explorer,
 
 @patch
 def pick(self: Explorer, view: View) -> Picked | None:
-    "The image that the view shows; None where it lists none."
+    "The image that the view shows; None if no image matches."
     if view.own is not None:
         name, image = self.files[view.own]
         return Picked(-1 - view.own, image, name, '', -1, self.logits(-1 - view.own, image))
@@ -570,7 +570,7 @@ def heatmaps(self: Explorer,
              layers: Sequence[str],                           # names
              on_pass: Callable[[int], None] | None = None     # as `watched` takes it
             ) -> dict[str, Heatmaps | str]:
-    "Layer -> its heatmaps for every class, or why there are none. The last 1,000 that were made are kept."
+    "Layer -> its heatmaps for every class, or why there are none. The last 1,000 computed are cached."
     missing = self.missing(picked.key, method, layers)
     if missing:
         with self.lock, watched(self.model, on_pass): made = self._make(picked, method, missing)
@@ -599,13 +599,13 @@ def missing(self: Explorer,
             method: str,          # a key of `gradcam.METHODS`
             layers: Sequence[str] # names
            ) -> tuple[str, ...]:
-    "The layers of which no heatmaps are kept."
+    "The layers whose heatmaps are not in the cache."
     return tuple(name for name in layers if (key, method, name) not in self.made)
 
 # %% ../nbs/10_panel.ipynb #dd1d555c
 @patch
 def page(self: Explorer, view: View) -> Page:
-    "What the view shows. Heatmaps that take many passes are shown only if they were made before."
+    "The page for a view. Heatmaps that need a pass per channel are shown only if they are in the cache."
     picked = self.pick(view)
     if picked is None: return Page(self.note + nothing(view, self.classes))
     image, k = (png(picked.pixels), image_caption(picked, self.classes)), explained_class(view, picked)
@@ -623,7 +623,7 @@ def page(self: Explorer, view: View) -> Page:
 
 @patch
 def request(self: Explorer, view: View, picked: Picked | None) -> tuple | None:
-    "What the view waits for, as (image, method, layers): heatmaps that take many passes and are not made yet."
+    "Heatmaps that need a pass per channel and are not computed yet, as (`Picked.key`, method, layers); None if there are none."
     if picked is None or self.problem or obstacle(view, picked) or not takes_many_passes(view.method): return None
     missing = self.missing(picked.key, view.method, view.layers)
     return (picked.key, view.method, missing) if missing else None
@@ -631,7 +631,7 @@ def request(self: Explorer, view: View, picked: Picked | None) -> tuple | None:
 def _failure(method, error): return f'{method} failed with {type(error).__name__}: {error}. '
 
 def nothing(view: View, classes: Sequence[str]) -> str:
-    "The sentence for a view that lists no image."
+    "Message for a view that lists no images."
     what = {'wrong': 'misclassified image', 'right': 'rightly classified image', 'all': 'image'}[view.show]
     asked = [f'of class {classes[view.true]}'] if view.true != 'any' else []
     if view.predicted != 'any': asked.append(f'taken for {classes[view.predicted]}')
@@ -640,7 +640,7 @@ def nothing(view: View, classes: Sequence[str]) -> str:
 
 # %% ../nbs/10_panel.ipynb #3a169013
 def newest_run(folder: str | Path = '.') -> Path | None:
-    "The weights of the newest `eva9_train --data shapes` in a folder inside `folder`; None if there is none."
+    "Path of the weights of the newest `eva9_train --data shapes` run in a subfolder of `folder`; None if there is none."
     cards = [card for card in Path(folder).glob('*/model.json') if _trained_on_shapes(card)]
     return max(cards, key=lambda card: card.stat().st_mtime).with_suffix('.safetensors') if cards else None
 
@@ -650,7 +650,7 @@ def _trained_on_shapes(card):
     except (OSError, ValueError, AttributeError, TypeError): return False
 
 def default_source() -> tuple[str, Path | None]:
-    "'cifar10' and None if that set is here, else 'shapes' and the weights of the newest run; else `FileNotFoundError`."
+    "('cifar10', None) if CIFAR-10 is in the cache folder, else ('shapes', weights of `newest_run`); without either, `FileNotFoundError`."
     cache = xdg_cache_home()/'eva_session9'
     if (cache/'cifar-10-batches-py').is_dir(): return 'cifar10', None
     run = newest_run()
@@ -665,10 +665,10 @@ def default_model_and_images() -> tuple[nn.Module, ImageSet]:
 
 # %% ../nbs/10_panel.ipynb #38f3564b
 class Work(Thread):
-    "A job in a thread of its own. The job is given the `Work`, and calls its `check` at every step, where it can be stopped."
+    "A job in a background thread. It is called with this `Work`, and must call `check` at every step to be stoppable."
     def __init__(self,
-                 job: Callable[['Work'], None], # what to do
-                 request: tuple = ()):          # what it is done for
+                 job: Callable[['Work'], None], # the function to run
+                 request: tuple = ()):          # what it computes, as `Explorer.request` gives it
         super().__init__(daemon=True)
         self.job, self.request, self.unwanted = job, request, Event()
 
@@ -677,11 +677,11 @@ class Work(Thread):
         except Stopped: self.unwanted.set()
 
     def stop(self):
-        "Ask it to end at its next step."
+        "Ask the job to stop at its next `check`."
         self.unwanted.set()
 
     def check(self):
-        "Raise `Stopped` if it has been asked to end."
+        "Raise `Stopped` if the job was asked to stop."
         if self.unwanted.is_set(): raise Stopped()
 
 # %% ../nbs/10_panel.ipynb #390a2f9d
@@ -764,16 +764,16 @@ def _map_controls(view, stages):
 
 # %% ../nbs/10_panel.ipynb #3bd2f6ac
 class HeatmapPanel:
-    """Browse images and the heatmaps that explain what the model made of them.
+    """Browse images, the model's predictions, and the heatmaps that explain them.
 
-    Nothing given: the library's model on CIFAR-10 if that is here, else the newest `eva9_train --data shapes` in a
-    folder of this one, else `FileNotFoundError` says what to run. A set that is not classified yet is classified in the
-    background, once: the logits are kept in the user's cache folder. With more than 32 classes an image's first heatmaps
-    take a backward pass per class, during which the panel does not respond. What is wrong with an image, a filter or a layer
-    is said in the panel, which stays usable; arguments that do not fit each other raise `ValueError`."""
+    Without arguments: the library's model on CIFAR-10 if that is in the cache folder, else the newest `eva9_train --data shapes`
+    run in a subfolder of the current one, else `FileNotFoundError`. A set without an evaluation is classified once, in the
+    background; its logits are kept in the user's cache folder. With more than 32 classes an image's first heatmaps
+    take a backward pass per class, during which the panel does not respond. Problems with an image, a filter or a layer
+    are shown in the panel, which stays usable; arguments that do not fit each other raise `ValueError`."""
     def __init__(self,
                  model: nn.Module | None = None,          # an image classifier; None: the library's own
-                 images: ImageSet | None = None,          # to browse
+                 images: ImageSet | None = None,          # to browse; required with a model
                  evaluation: Evaluation | None = None,    # of the model on these images
                  mean: Sequence[float] | None = None,     # of each channel, in [0, 1] units; None: that of `model.card`
                  std: Sequence[float] | None = None):     # of each channel, in [0, 1] units; None: that of `model.card`
@@ -1071,7 +1071,7 @@ def _press(self: HeatmapPanel):
 
 @patch
 def wait(self: HeatmapPanel):
-    "Return when nothing is being made in the background."
+    "Wait until all background work is finished."
     for name in ('classifying', 'computing'):
         with self.lock: work = getattr(self, name)
         if work: work.join()
@@ -1084,7 +1084,7 @@ def _repr_mimebundle_(self: HeatmapPanel, **kwargs): return self.widget._repr_mi
 def view_png(page: Page,
              side: int = 224 # width of each picture, pixels
             ) -> bytes:
-    "The view as one PNG: what the heatmaps answer, the pictures, and their captions."
+    "The page as one PNG: title or message, pictures and captions."
     font, step = ImageFont.load_default(13), side + 12
     captions = ['\n'.join(fill(line, side // 7) for line in caption.split('\n')) for _, caption in page.pictures]
     pictures = [Image.open(BytesIO(blob)) for blob, _ in page.pictures]
@@ -1108,12 +1108,12 @@ def _offer(self: HeatmapPanel):
 
 # %% ../nbs/10_panel.ipynb #a57aaa8b
 class Snapshot(str):
-    "HTML that a notebook shows and a file can hold."
+    "HTML text that a notebook displays and that can be written to a file."
     def _repr_html_(self) -> str: return str(self)
 
 @patch
 def snapshot(self: HeatmapPanel) -> Snapshot:
-    "What the panel shows of the image now, as HTML that needs no kernel, no script and no other file."
+    "The current image, heatmaps and probabilities as self-contained HTML: no kernel, scripts or other files."
     page = self.explorer.page(self.view)
     head = ''.join(f'<p style="margin:0 0 8px">{escape(text)}</p>' for text in (page.message, page.title) if text)
     pictures = ''.join(

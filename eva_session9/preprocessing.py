@@ -35,7 +35,7 @@ from .data import ImageSet
 def test_transforms(mean: tuple[float, ...], # of each channel, in [0, 1] units
                     std: tuple[float, ...]   # of each channel, in [0, 1] units
                    ) -> A.Compose:
-    "Normalize and ToTensorV2 only."
+    "Only Normalize and ToTensorV2. A `std` that is not above 0 raises `ValueError`."
     return A.Compose(_normalized(mean, std))
 test_transforms.__test__ = False  # pytest would take the name for a test
 
@@ -43,7 +43,7 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
               mean: tuple[float, ...],   # of each channel, in [0, 1] units
               std: tuple[float, ...]     # of each channel, in [0, 1] units
              ) -> torch.Tensor:          # float32 (N, 3, H, W)
-    "A few images as a model is tested on them; for a whole set use `loader`. Images of another dtype or shape raise `ValueError`."
+    "Normalised model inputs for a few images; for a whole set use `loader`. Images of another dtype or shape raise `ValueError`."
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3: raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)')
     transform = test_transforms(mean, std)
@@ -59,7 +59,7 @@ def train_transforms(mean: tuple[float, ...],  # of each channel, in [0, 1] unit
                      config: Config = Config.session9(), # angles, sizes and probabilities
                      size: int | None = None   # pixels a side of the images; needed by a recipe with a crop
                     ) -> A.Compose:
-    "Rotate, HorizontalFlip, Cutout, Normalize, ToTensorV2 by the course's recipe; a crop and an alternating flip by others."
+    "Rotation, flip, random crop and cutout as `config` says, then Normalize and ToTensorV2. A crop without `size`, or a cutout above it, raises `ValueError`."
     if size is not None and config.cutout > size: raise ValueError(f'Config.cutout: found {config.cutout}, expected at most {size}, the pixels a side')
     fill = tuple(round(255 * m) for m in mean)
     rotate = A.Rotate(limit=(-config.rotate, config.rotate), border_mode=cv2.BORDER_REFLECT_101, p=config.rotate_p)
@@ -120,7 +120,7 @@ class KeyedSampler(Sampler):
     def __len__(self): return self.n
 
     def order(self) -> list[int]:
-        "The indices of the current epoch, in order."
+        "The image indices of the current epoch, in the order of reading."
         if not self.shuffle: return list(range(self.n))
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.n).tolist()
 
@@ -128,18 +128,18 @@ class KeyedSampler(Sampler):
 
 # %% ../nbs/02_preprocessing.ipynb #181b610f
 class Keyed:
-    "What `KeyedLoader` and `Batches` share: an epoch to set, and an order to ask for. Needs a `sampler` and a `batch_size`."
+    "Mixin of `KeyedLoader` and `Batches` with `set_epoch` and `indices`. Needs the attributes `sampler` and `batch_size`."
     def set_epoch(self, epoch: int): # 0, 1, 2, ...
-        "Make the next pass that of `epoch`."
+        "Set the epoch of the next pass, which decides its order and augmentation."
         self.sampler.epoch = epoch
 
     def indices(self, step: int # 0, 1, 2, ...
                ) -> list[int]:
-        "Which images batch `step` of the current epoch holds."
+        "The indices of the images in batch `step` of the current epoch."
         return self.sampler.order()[step * self.batch_size:(step + 1) * self.batch_size]
 
 class KeyedLoader(Keyed, DataLoader):
-    "A `DataLoader` of (x, y) whose every pass is a function of (seed, epoch)."
+    "A `DataLoader` of batches (x, y) whose order and augmentation depend only on seed and epoch."
     def __init__(self,
                  dataset: KeyedDataset, # images by (epoch, index); its seed also sets the order
                  batch_size: int,       # images a batch; the last batch may be smaller
@@ -161,14 +161,14 @@ def loader(images: ImageSet,     # the set
            shuffle: bool = True, # a new order each epoch
            **options             # of `DataLoader`: `persistent_workers`, `multiprocessing_context`, `pin_memory`, ...
           ) -> KeyedLoader:
-    "Batches (x, y): float (B, 3, H, W), normalised, and int64 (B,). Transforms of another library raise `TypeError`."
+    "Batches (x, y): normalised images, float32 (B, 3, H, W), and labels, int64 (B,). Transforms of another library raise `TypeError`."
     return KeyedLoader(KeyedDataset(images, transform, seed), batch_size, shuffle, num_workers=num_workers, **options)
 
 # %% ../nbs/02_preprocessing.ipynb #04fe3221
 def philox(counter: tuple, # four integers below 2**32, or int64 tensors of them
            key: tuple      # two integers below 2**32
           ) -> tuple:      # four random integers below 2**32, in the form of the counter
-    "Philox4x32-10 ([Salmon et al. 2011](https://doi.org/10.1145/2063384.2063405))."
+    "The counter-based random number generator Philox4x32-10 ([Salmon et al. 2011](https://doi.org/10.1145/2063384.2063405))."
     low = 2**32 - 1
     (a, b, c, d), (k, l) = counter, key
     for _ in range(10):
@@ -205,7 +205,7 @@ def _alternates(key):
 
 # %% ../nbs/02_preprocessing.ipynb #c019b896
 class Twin:
-    "The base class of all twins, and itself the twin of `ToTensorV2`: batches are tensors already."
+    "Base class of twins, the batched PyTorch versions of Albumentations transforms; itself that of `ToTensorV2`: batches are tensors already."
     needs = {}  # option of the transform -> the only value that the twin can do
 
     def __init__(self,
@@ -213,21 +213,21 @@ class Twin:
                  device: torch.device = torch.device('cpu')): # where the batches are
         self.transform, self.device = transform, device
 
-    def size(self, size: tuple[int, int] # height and width, before and after
+    def size(self, size: tuple[int, int] # height and width before the transform
             ) -> tuple[int, int]:
         "The size of an image once it is transformed."
         return size
 
     def draw(self,
-             key: tuple,           # as for `uniform`
+             key: tuple,           # seed, epoch and index; the index an int64 tensor (B,)
              stream: int,          # as for `uniform`
              size: tuple[int, int] # height and width of the images
             ) -> Tensor:           # (B, ...)
-        "The parameters of each image of the key's index."
+        "Random parameters, one row for each image of the key's index."
         return key[2].new_empty(len(key[2]), 0)
 
     def apply(self,
-              images: Tensor,    # uint8 (B, 3, H, W)
+              images: Tensor,    # (B, 3, H, W); uint8, or float32 after `Normalize`
               parameters: Tensor # from `draw`, (B, ...)
              ) -> Tensor:
         "The transformed images."
@@ -272,7 +272,7 @@ def _corners(top, left, size, box):
 
 # %% ../nbs/02_preprocessing.ipynb #dd51e1d1
 class DropoutTwin(Twin):
-    "`CoarseDropout` of one hole of fixed size and colour. Parameters: the corner, int64 (B, 2), or minus its height and width for no hole."
+    "`CoarseDropout` of one hole of fixed size and colour. Parameters: the hole's top-left corner, int64 (B, 2); (-height, -width) means no hole."
     needs = {'num_holes_range': (1, 1)}
 
     def __init__(self,
@@ -344,10 +344,10 @@ class NormalizeTwin(Twin):
 _TWINS = {A.Rotate: RotateTwin, A.HorizontalFlip: FlipTwin, AlternatingFlip: AlternatingFlipTwin, A.CoarseDropout: DropoutTwin,
           A.PadIfNeeded: PadTwin, A.RandomCrop: CropTwin, A.Normalize: NormalizeTwin, ToTensorV2: Twin}
 
-def twin(transform: A.BasicTransform,              # of Albumentations, or our own
+def twin(transform: A.BasicTransform,              # of Albumentations, or `AlternatingFlip`
          device: torch.device = torch.device('cpu') # where the batches are
         ) -> Twin:
-    "The twin of `transform`: it does to a batch what `transform` does to an image. Raises `ValueError` where there is none."
+    "The twin of `transform`, its batched PyTorch version. A transform or option without one raises `ValueError`."
     name, kind = type(transform).__name__, _TWINS.get(type(transform))
     if kind is None:
         raise ValueError(f"{name} has no batched twin; {', '.join(t.__name__ for t in _TWINS)} have. Use `loader` for others")
@@ -358,7 +358,7 @@ def twin(transform: A.BasicTransform,              # of Albumentations, or our o
 
 # %% ../nbs/02_preprocessing.ipynb #a07fff3a
 class BatchedDataset:
-    "A set on a device with the twins of its transform, addressed by (epoch, index)."
+    "An image set kept on a device and transformed there by twins, indexed by (epoch, index)."
     def __init__(self,
                  images: ImageSet,     # the set
                  transform: A.Compose, # its last two steps are Normalize and ToTensorV2
@@ -374,7 +374,7 @@ class BatchedDataset:
              epoch: int,   # 0, 1, 2, ...
              index: Tensor # of the images, int64 (B,)
             ) -> list[Tensor]:
-        "What each transform does to the images at `index` in that epoch, a tensor of B rows a transform."
+        "Random parameters of each transform for the images at `index` in `epoch`: one tensor of B rows per transform."
         drawn, size = [], tuple(self.pixels.shape[2:])
         for stream, twin in enumerate(self.twins):
             drawn.append(twin.draw((self.seed, epoch, index), stream, size))
@@ -407,7 +407,7 @@ def _twins(transform, device):
 
 # %% ../nbs/02_preprocessing.ipynb #b50f3fcd
 class Batches(Keyed):
-    "Batches (x, y) of a set that lives on the device and is augmented there; every pass is a function of (seed, epoch)."
+    "Batches (x, y) of a set kept and augmented on the device, depending only on seed and epoch. A transform without a twin raises `ValueError`."
     def __init__(self,
                  images: ImageSet,         # the set
                  transform: A.Compose,     # from `train_transforms` or `test_transforms`
@@ -443,7 +443,7 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
                    train_set: ImageSet, # whose mean and standard deviation normalise both
                    test_set: ImageSet   # tested in its own order
                   ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
-    "The augmented training batches of a recipe, and its test batches. Sets with different classes, and images that are not square for a crop or `sizes`, raise `ValueError`."
+    "Training (augmented) and test batches of a recipe. Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`."
     _check_sets(config, train_set, test_set)
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)

@@ -28,11 +28,11 @@ from .models.resnet import ARCHITECTURES, make_model
 
 # %% ../nbs/05_save_load.ipynb #24e3515e
 class CheckpointError(Exception):
-    "A file that cannot be written or trusted. The message names the file and the reason."
+    "Raised for a file that cannot be written, read or verified. The message names the file and the reason."
 
 # %% ../nbs/05_save_load.ipynb #37d4a832
 def write_atomically(path: Path, blob: bytes): # the final file and its content
-    "Write `blob` to `path` all at once. A failure raises `CheckpointError` and leaves the old file as it was."
+    "Write `blob` to `path` atomically. A failure raises `CheckpointError` and leaves the old file as it was."
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,10 +48,10 @@ def write_atomically(path: Path, blob: bytes): # the final file and its content
 # %% ../nbs/05_save_load.ipynb #b95ea88c
 def save_model(model: nn.Module,                   # a network of this library, of the architecture that the card names
                path: str | Path,                   # ends in .safetensors
-               card: dict,                         # architecture, classes, mean, std, size; recipe, accuracy, versions, ...
+               card: dict,                         # required: architecture, classes, mean, std, size; optional: recipe, accuracy, versions, ...
                dtype: torch.dtype = torch.float32  # float16 halves the file
-              ) -> dict: # the card, with its sha256
-    "Write the weights to `path` and the card beside them as JSON."
+              ) -> dict: # the card, with the sha256 of the weights file
+    "Write the weights to `path` and the card beside them as JSON. A card that does not fit the model raises `ValueError`, a failed write `CheckpointError`."
     path = Path(path)
     if path.suffix != '.safetensors': raise ValueError(f'path: found {path}, expected a name that ends in .safetensors')
     _check_card(card, model)
@@ -97,9 +97,9 @@ def load_model(path: str | Path # of the weights; the card is beside them
     return model.eval()
 
 # %% ../nbs/05_save_load.ipynb #1378ce3b
-def pretrained(num_classes: int | None = None # how many classes of your own; the last layer is then new, and there is no card
-              ) -> nn.Module: # float32, in eval mode, on the CPU, with the card as `.card`
-    "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card says how, and how well it does on the test set."
+def pretrained(num_classes: int | None = None # number of your own classes: the last layer is replaced by an untrained one, and the card removed
+              ) -> nn.Module: # float32, in eval mode, on the CPU; without `num_classes`, with the card as `.card`
+    "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card holds its recipe and test accuracy."
     model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
     if num_classes is not None:
         if not isinstance(num_classes, int) or num_classes < 1: raise ValueError(f'num_classes: found {num_classes!r}, expected 1 or more')
@@ -118,7 +118,7 @@ def save_checkpoint(folder: str | Path, # of the run
                     epoch: int,         # epochs done
                     state: dict         # tensors and plain types only
                    ) -> Path: # of the manifest
-    "Write the state after `epoch` epochs, then keep the newest two."
+    "Write the state after `epoch` epochs, then delete all but the newest two checkpoints."
     folder, buffer = Path(folder), io.BytesIO()
     for orphan in folder.glob('epoch-*.part'): orphan.unlink()
     torch.save(state, buffer)
@@ -131,9 +131,9 @@ def save_checkpoint(folder: str | Path, # of the run
     return path.with_suffix('.json')
 
 # %% ../nbs/05_save_load.ipynb #a1fcfd01
-def load_checkpoint(path: str | Path # a checkpoint, or the folder of a run for its newest intact one
+def load_checkpoint(path: str | Path # a checkpoint file, or the folder of a run: its newest intact checkpoint
                    ) -> dict: # the state, on the CPU
-    "The state in `path`, verified. A folder falls back, with a warning, to an older checkpoint where the newest is damaged."
+    "The verified state in `path`; raises `CheckpointError` if none is intact. In a folder, damaged checkpoints are skipped with a warning."
     path = Path(path)
     if not path.is_dir(): return _read(path.with_suffix('.json') if path.suffix == '.pt' else path)
     found = checkpoints(path)

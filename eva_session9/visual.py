@@ -30,11 +30,11 @@ from .lr_finder import LRCurve
 
 # %% ../nbs/09_visual.ipynb #cd4aa6dc
 class Picture(Figure):
-    "A matplotlib `Figure` that a notebook shows without pyplot; where no image can be shown it reads as its title."
+    "A matplotlib `Figure` that a notebook displays without pyplot; its text form gives its title and number of axes."
     def __init__(self,
                  size: tuple[float, float], # width and height, inches
-                 **options):                # of `Figure`
-        "An empty page."
+                 **options):                # passed to `Figure`
+        "An empty figure."
         super().__init__(size, **options)
 
     def _repr_png_(self):
@@ -90,7 +90,7 @@ def _tiles(title, images, labels, across=8):
 MAX_TILES = 400  # of one figure; more take minutes to draw
 
 def plot_samples(images: ImageSet,      # at most `MAX_TILES`; choose with `.subset(range(20))`
-                 title: str = 'Samples' # above all of them
+                 title: str = 'Samples' # of the figure
                 ) -> Picture:
     "Every image of the set with its class. More than `MAX_TILES` images raise `ValueError`."
     if len(images) > MAX_TILES:
@@ -102,20 +102,20 @@ def denormalize(x: Tensor,               # model inputs, float (..., 3, H, W)
                 mean: Sequence[float],   # of each channel, in [0, 1] units
                 std: Sequence[float]     # of each channel, in [0, 1] units
                ) -> np.ndarray:
-    "The images that gave these model inputs: uint8 (..., H, W, 3), RGB, rounded and clipped."
+    "Undo the normalisation: uint8 RGB images (..., H, W, 3) of these model inputs, rounded and clipped to 0..255."
     if x.ndim < 3 or x.shape[-3] != 3: raise ValueError(f'denormalize: found {tuple(x.shape)}, expected (..., 3, H, W)')
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     pixels = (x.detach().float().cpu() * std + mean) * 255
     return pixels.round().clamp(0, 255).byte().movedim(-3, -1).numpy()
 
 # %% ../nbs/09_visual.ipynb #0348d9c0
-def plot_augmentation(dataset,               # addressed by (epoch, index), such as `loader(...).dataset`
+def plot_augmentation(dataset,               # indexed by (epoch, index), such as `loader(...).dataset`
                       index: int,            # which image
                       mean: Sequence[float], # of each channel, as the transform normalises
                       std: Sequence[float],  # of each channel, as the transform normalises
-                      epochs: int = 7        # how many
+                      epochs: int = 7        # number of epochs to show
                      ) -> Picture:
-    "One image as it is, and as the first epochs of training see it."
+    "One image, first the original and then as it is augmented in each of the first epochs."
     images = dataset.images
     seen = [denormalize(dataset[epoch, index][0], mean, std) for epoch in range(epochs)]
     title = f'Image {index} ({images.classes[images.labels[index]]}) and what each epoch makes of it'
@@ -157,9 +157,9 @@ def plot_history(history: History # of at least one epoch
     return picture
 
 # %% ../nbs/09_visual.ipynb #7705d5e2
-def plot_lr(curve: LRCurve # of a sweep
+def plot_lr(curve: LRCurve # from `find_lr`
            ) -> Picture:
-    "The loss at each learning rate, the line fitted through it, and what can be read from it, or why nothing can."
+    "The loss at each learning rate, the smoothed curve, and the suggested learning rates, or why there are none."
     read = curve.suggestions
     title = f'Suggested learning rate: {curve.lr:.2g}' if read else 'No learning rate can be read from this sweep'
     picture = _picture(title, 6, 3.2, 'constrained')
@@ -187,7 +187,7 @@ def _mark_suggestions(axes, curve):
 def plot_confusion(evaluation: Evaluation, # of N images
                    classes: Sequence[str]  # names of the K classes
                   ) -> Picture:
-    "Counts of images by true class (rows) and predicted class (columns), shaded by their share of the row; beyond 40 classes, the shades alone."
+    "Confusion matrix: images per true class (rows) and predicted class (columns), shaded by share of the row; above 40 classes, without numbers and names."
     counts, k = evaluation.confusion, len(classes)
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), counts.sum().item()
@@ -231,14 +231,14 @@ def overlay(image: np.ndarray,             # uint8 (..., H, W, 3), RGB
     return ((1 - alpha) * image + alpha * colours).round().astype(np.uint8)
 
 # %% ../nbs/09_visual.ipynb #2525ffc4
-def plot_heatmaps(images: np.ndarray,                # uint8 (N, H, W, 3), those that were explained
-                  heatmaps: Heatmaps,                # of one class an image
-                  labels: Sequence[str] = (),        # beside each image; none by default
-                  title: str = 'Heatmaps',           # above all
-                  alpha: float = 0.5,                # as `overlay` takes it
-                  cmap: str = 'inferno'              # as `overlay` takes it
+def plot_heatmaps(images: np.ndarray,                # the images explained, uint8 (N, H, W, 3), RGB
+                  heatmaps: Heatmaps,                # for one class per image
+                  labels: Sequence[str] = (),        # text beside each image, (N,) or empty
+                  title: str = 'Heatmaps',           # of the figure
+                  alpha: float = 0.5,                # opacity of the heatmaps, 0 to 1
+                  cmap: str = 'inferno'              # a matplotlib colour map
                  ) -> Picture:
-    "A row for each image: the image, then its heatmap at every layer, or why there is none."
+    "A row for each image: the image, then its heatmap at every layer or the reason why there is none. More than 400 tiles raise `ValueError`."
     maps, layers = heatmaps.maps, heatmaps.layers
     _check_rows(images, maps, labels)
     picture = _picture(title, 1.15 * (1 + len(layers)) + (1.1 if len(labels) else 0), 1.15 * len(images) + 0.7)
@@ -271,11 +271,11 @@ def _heatmap_axes(axes, image, heatmap, status, alpha, cmap):
     axes.text(0.5, 0.5, str(status).replace(' ', '\n'), transform=axes.transAxes, ha='center', va='center', fontsize=8)
 
 # %% ../nbs/09_visual.ipynb #9662bfe3
-def plot_misclassified(images: ImageSet,        # the set that was tested
-                       evaluation: Evaluation,  # of the whole set
-                       heatmaps: Heatmaps,      # of the first images of `evaluation.misclassified`, as many as wanted
-                       alpha: float = 0.5,      # as `overlay` takes it
-                       cmap: str = 'inferno'    # as `overlay` takes it
+def plot_misclassified(images: ImageSet,        # the test set
+                       evaluation: Evaluation,  # of the whole test set
+                       heatmaps: Heatmaps,      # of the images `evaluation.misclassified[:n]`, in this order
+                       alpha: float = 0.5,      # opacity of the heatmaps, 0 to 1
+                       cmap: str = 'inferno'    # a matplotlib colour map
                       ) -> Picture:
     "The most confident mistakes: the image, the true and the predicted class with its probability, and the heatmaps."
     n, wrong = len(heatmaps.logits), evaluation.misclassified
@@ -301,12 +301,12 @@ def _same_images(explained, evaluated):
                          'explain the images at evaluation.misclassified[:n], in this order')
 
 # %% ../nbs/09_visual.ipynb #d7c116f4
-def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> at most four series -> mean, and both ends of its interval
-                   title: str,                                   # above all
-                   xlabel: str,                                  # what was measured
-                   line: float | None = None                     # a value to compare with, such as that of chance
+def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> series (at most four) -> (mean, lower bound, upper bound)
+                   title: str,                                   # of the figure
+                   xlabel: str,                                  # the quantity and its unit
+                   line: float | None = None                     # reference value such as chance level, drawn as a dotted line
                   ) -> Picture:
-    "A mean and its interval for every row and series, with series sorted by name. A row may lack some; a single series has no legend."
+    "A mean and its interval for every row and series, series sorted by name. A row may lack some series; a single series has no legend."
     series = sorted({name for values in found.values() for name in values})
     if len(series) > 4: raise ValueError(f'plot_intervals: found {len(series)} series, expected at most 4')
     picture = _picture(title, 6.4, 0.8 + 0.27 * len(found), 'constrained')

@@ -96,7 +96,7 @@ def test_the_recorded_command_gives_the_recorded_recipe(name):
     assert changed(getattr(Config, given['--config'])(), settings) == config_from(run['config'])
 
 
-@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates', 'tuning_gpu', 'tuning_zero', 'tuning_laptop'])
+@pytest.mark.parametrize('name', ['ablation', 'tuning', 'tuning_rates', 'tuning_gpu', 'tuning_zero', 'tuning_laptop', 'tuning_laptop_less'])
 def test_the_recorded_command_asks_the_recorded_question(name):
     run = json.loads((ROOT / f'results/{name}.json').read_text())
     words = shlex.split(run['command'])

@@ -37,7 +37,7 @@ def _enlarge(raw, status, size):
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #2b6615cc
 class Status(IntEnum):
-    "What a raw map holds. Only an `OK` map is shown; the others are zero in `Heatmaps.maps`."
+    "Whether a raw map can be shown: a map that is not `OK` is zero in `Heatmaps.maps`."
     OK = 0
     NO_POSITIVE_EVIDENCE = 1
     UNIFORM = 2
@@ -48,7 +48,7 @@ class Status(IntEnum):
     @staticmethod
     def of(raw: Tensor # raw maps (..., h, w)
           ) -> Tensor:
-        "The status of each map, int64 (...). Nothing below 1e-12 is evidence; within 1e-6 of its maximum a map is uniform."
+        "The status of each map, int64 (...). No evidence: maximum <= 1e-12. Uniform: after ReLU, range <= 1e-6 of the maximum."
         low, high = raw.clamp(min=0).amin((-2, -1)), raw.amax((-2, -1))
         status = torch.where(high - low <= 1e-6 * high, Status.UNIFORM, Status.OK)
         status = torch.where(high <= 1e-12, Status.NO_POSITIVE_EVIDENCE, status)
@@ -57,18 +57,18 @@ class Status(IntEnum):
 # %% ../../nbs/08a_gradcam.cam.ipynb #c39ddc40
 @dataclass(frozen=True, eq=False, repr=False)
 class Heatmaps:
-    "The maps of one call: N images, L layers and, for `target='all'`, a class axis K after N in `raw`, `maps` and `status`."
+    "The maps of one call, for N images and L layers; with `target='all'`, `raw`, `maps` and `status` have a class axis K after N."
     raw: dict[str, Tensor]    # layer -> signed map at the layer's size, (N, h, w)
     size: tuple[int, int]     # (H, W) of the images
     logits: Tensor            # (N, K)
-    target: Tensor | None     # the classes explained: (N,), for 'all' (K,); None where a function chose the score
+    target: Tensor | None     # the classes explained: (N,), for 'all' (K,); None if `target` was a function
 
     @property
     def layers(self) -> tuple[str, ...]: return tuple(self.raw)
 
     @property
     def grid(self) -> dict[str, tuple[int, int]]:
-        "Layer -> the number of rows and columns that its map really has."
+        "Layer -> rows and columns (h, w) of its raw map, before upsampling."
         return {name: tuple(raw.shape[-2:]) for name, raw in self.raw.items()}
 
     @cached_property
@@ -83,18 +83,18 @@ class Heatmaps:
 
     @cached_property
     def maps(self) -> Tensor:
-        "Maps to look at, (N, L, H, W), each stretched to 0..1; all zero where the status is not `OK`."
+        "Maps for display at image size, (N, L, H, W), each min-max scaled to 0..1; all zero where the status is not `OK`."
         return _stretch(self._enlarged)
 
     def fuse(self) -> Tensor:
-        """One map an image, (N, H, W): the mean over layers of the enlarged maps, stretched to 0..1.
+        """One map per image, (N, H, W): the mean over layers of the upsampled maps, min-max scaled to 0..1.
 
-        As in pytorch-grad-cam a layer counts for less where its raw maximum is not far above 1e-7."""
+        As in pytorch-grad-cam, a layer whose raw maximum is not far above 1e-7 has less weight."""
         return _stretch(self._enlarged.mean(-3))
 
-    def of(self, k: int # a class, of those that `target='all'` explained
+    def of(self, k: int # class index; needs maps made with `target='all'`
           ) -> 'Heatmaps':
-        "The maps for one class."
+        "The maps for one class. Raises `ValueError` for an unknown class or without `target='all'`."
         if any(raw.ndim != 4 for raw in self.raw.values()): raise ValueError("the maps are of one class an image already; only target='all' gives more")
         if k not in range(self.logits.shape[1]): raise ValueError(f'found class {k!r}, expected 0 to {self.logits.shape[1] - 1}')
         return replace(self, raw={name: raw[:, k].clone() for name, raw in self.raw.items()}, target=self.target.new_full(self.logits.shape[:1], k))
@@ -104,7 +104,7 @@ class Heatmaps:
         return f'Heatmaps of {len(self.logits)} images at {self.size[0]}x{self.size[1]}: {grids}'
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #911f6523
-def unwrap(model: nn.Module # a network, compiled or wrapped for several devices, or as it is
+def unwrap(model: nn.Module # a network, possibly compiled or wrapped for several devices
           ) -> nn.Module:
     "The network inside `torch.compile`, DataParallel and DistributedDataParallel. Any other wrapper counts as part of the network."
     if hasattr(model, '_orig_mod'): return unwrap(model._orig_mod)
@@ -115,7 +115,7 @@ def unwrap(model: nn.Module # a network, compiled or wrapped for several devices
 def find_layers(model: nn.Module,                                     # the network, without wrappers
                 layers: str | nn.Module | Sequence[str | nn.Module]   # a name, a module, or a list of either
                 ) -> dict[str, nn.Module]:
-    "Layer names and their modules, in the order asked for. An unknown or repeated layer raises `ValueError`."
+    "Layer name -> module, in the order given. An unknown or repeated layer, or an empty list, raises `ValueError`."
     if not isinstance(model, nn.Module): raise TypeError(f'model: found {type(model).__name__}, expected an nn.Module')
     modules = {name.replace('_orig_mod.', '').replace('._orig_mod', ''): module
                for name, module in model.named_modules(remove_duplicate=False)}
@@ -143,7 +143,7 @@ def target_classes(target,                                # as in `CAM.__call__`
                    logits: Tensor,                        # (N, K)
                    classes: Sequence[str] | None = None   # names of the K classes
                    ) -> Tensor | None:
-    "The classes to explain, int64 (N,); for 'all' every class, (K,); None for a function. Anything else raises."
+    "The classes to explain, int64 (N,); for 'all' every class, (K,); None for a function. Else raises `ValueError` or `TypeError`."
     n, k = logits.shape
     if classes is not None and len(classes) != k:
         raise ValueError(f'{len(classes)} class names for {k} logits; where the last layer was replaced, delete model.card or pass classes=[...]')
@@ -220,7 +220,7 @@ def _hooked(hooks):
 
 @contextmanager
 def evaluating(model: nn.Module): # any network
-    "Eval mode for the time of the `with`; then every module has its own flag again, whatever the mixture."
+    "Context manager: eval mode inside the `with`; on exit each module gets its previous `training` flag back."
     flags = [(module, module.training) for module in model.modules()]
     try: yield model.eval()
     finally:
@@ -233,14 +233,14 @@ def _eager():
 # %% ../../nbs/08a_gradcam.cam.ipynb #b7c0a171
 @dataclass(eq=False)
 class ForwardPass:
-    "What one forward pass of N images showed: all that a CAM method can ask for."
-    images: Tensor                      # (N, 3, H, W), as the network saw them
+    "The results of one forward pass of N images that a CAM method may use."
+    images: Tensor                      # the input of the network, (N, 3, H, W)
     logits: Tensor                      # (N, K)
-    nodes: dict[str, Tensor]            # layer -> its output, (N, C, h, w), as a node of the graph
+    nodes: dict[str, Tensor]            # layer -> its output, (N, C, h, w), a node of the autograd graph where `CAM.graph` is True
     score: Callable[[Tensor], Tensor]   # logits (N, K) -> the scores to explain, (N, T): T is K for 'all', else 1
     target: Tensor | None               # the classes explained: (N,), for 'all' (K,); None for a function
-    all_classes: bool                   # was 'all' asked for?
-    linear: tuple | None                # the linear layer that ran last: its weight, input and output
+    all_classes: bool                   # whether `target` was 'all'
+    linear: tuple | None                # weight, input and output of the nn.Linear that ran last; None: none ran
 
     def __post_init__(self):
         self.activations = {name: _at_least_float32(node.detach()) for name, node in self.nodes.items()}
@@ -263,10 +263,10 @@ def _backward(seen, t):
     return {name: _at_least_float32(gradient) for name, gradient in zip(seen.nodes, found)}
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #8732293e
-def linear_weight(seen: ForwardPass, # a pass
+def linear_weight(seen: ForwardPass, # a forward pass
                   name: str          # one of its layers
                   ) -> Tensor | None:
-    "The final linear layer's weight, (K, C), if it reads the spatial means of this layer and gives the logits; else None."
+    "Weight (K, C) of the last linear layer, if its input is the spatial mean of this layer and its output the logits; else None."
     if seen.linear is None: return None
     weight, features, output = seen.linear
     means = seen.nodes[name].detach().mean((2, 3))
@@ -279,9 +279,9 @@ def linear_weight(seen: ForwardPass, # a pass
     return _at_least_float32(weight.detach()) if same and torch.equal(output[known], seen.logits[known]) else None
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #cc0fd793
-def gradients(seen: ForwardPass # a pass with a graph
+def gradients(seen: ForwardPass # a forward pass with an autograd graph
              ) -> Iterator[dict[str, Tensor]]:
-    "For each of the T scores: layer -> gradient of every image's score with respect to the layer, (N, C, h, w)."
+    "Yield, for each of the T scores, layer -> gradient of each image's score with respect to the layer's output, (N, C, h, w)."
     weights = {name: linear_weight(seen, name) for name in seen.nodes} if seen.all_classes else {}
     known = seen.all_classes and all(weight is not None for weight in weights.values())
     for t in range(seen.scores.shape[1]):
@@ -336,12 +336,12 @@ def _checked_logits(logits):
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #2e3e1785
 class CAM:
-    "Base of the CAM methods: a method overrides `heatmap`, or `raw_maps` if it needs no gradient."
+    "Base class of the CAM methods: a subclass overrides `heatmap`, or `raw_maps` if it needs no gradients."
     graph = True  # whether the method needs gradients
 
     def __init__(self,
-                 model: nn.Module,                                     # an image classifier, wrapped, compiled or bare
-                 layers: str | nn.Module | Sequence[str | nn.Module],  # with outputs (N, C, h, w), by name or module
+                 model: nn.Module,                                     # an image classifier; may be compiled or wrapped
+                 layers: str | nn.Module | Sequence[str | nn.Module],  # names, or modules, that output (N, C, h, w)
                  classes: Sequence[str] | None = None):                # class names; None: those of `model.card`
         self.model = unwrap(model)
         self.layers = find_layers(self.model, layers)
@@ -350,12 +350,12 @@ class CAM:
 
     def heatmap(self,
                 activation: Tensor, # (N, C, h, w), float32
-                gradient: Tensor    # of the score with respect to it, (N, C, h, w), float32
+                gradient: Tensor    # of the score with respect to `activation`, (N, C, h, w), float32
                 ) -> Tensor:
         "The signed map of each image, (N, h, w)."
         raise NotImplementedError(f'{type(self).__name__} defines no heatmap')
 
-    def raw_maps(self, seen: ForwardPass # one pass
+    def raw_maps(self, seen: ForwardPass # one forward pass
                 ) -> dict[str, Tensor]:
         "Layer -> signed maps for each of the T scores, (N, T, h, w)."
         maps = {name: [] for name in seen.nodes}
@@ -369,12 +369,12 @@ class CAM:
                  images: Tensor, # float (N, 3, H, W), normalised as in training, on any device
                  target: int | str | Tensor | Sequence | Callable | None = None # the score of each image to explain
                  ) -> Heatmaps:
-        """The heatmaps of each image, for one score or for every class.
+        """Heatmaps of each image, for one score or for every class.
 
         `target` is None for the predicted class, a class (index or name) for all images, N classes, 'all' for every class, or
-        a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, a layer that does not run
-        and a score that does not depend on it raise `ValueError`. While a call runs, the network has hooks and is in eval mode:
-        let no other thread use it."""
+        a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, a layer that does not run or
+        that the score does not depend on raise `ValueError`; a wrong type raises `TypeError`. During a call the network has hooks
+        and is in eval mode, so no other thread may use it."""
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), _eager():
             images = _checked_images(images).to(next(self.model.parameters(), images).device)
             logits, nodes, linear = _run(self.model, self.layers, images, self.graph)
@@ -397,7 +397,7 @@ class GradCAMPlusPlus(CAM):
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 eps: float | None = None): # added to the denominator: 1e-6 as in pytorch-grad-cam; None: the form that needs none
+                 eps: float | None = None): # added to the denominator, 1e-6 in pytorch-grad-cam; None: a form without division by 0
         super().__init__(model, layers, classes)
         self.eps = eps
 

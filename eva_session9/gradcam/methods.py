@@ -22,13 +22,13 @@ from .cam import CAM, ForwardPass, GradCAM, GradCAMPlusPlus, _at_least_float32, 
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #70562857
 class HiResCAM(CAM):
-    "HiResCAM (Draelos and Carin 2020, arXiv:2011.08891): `sum_k g_k * A_k`, cell by cell."
+    "HiResCAM (Draelos and Carin 2020, arXiv:2011.08891): `sum_k g_k * A_k` elementwise, g the gradient of activation A."
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:
         return (gradient * activation).sum(1)
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #8822a8e3
 class LayerCAM(CAM):
-    "LayerCAM (Jiang et al. 2021, IEEE TIP 30): `sum_k relu(g_k) * A_k`, cell by cell."
+    "LayerCAM (Jiang et al. 2021, IEEE TIP 30): `sum_k relu(g_k) * A_k` elementwise, g the gradient of activation A."
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:
         return (gradient.clamp(min=0) * activation).sum(1)
 
@@ -42,34 +42,34 @@ class XGradCAM(CAM):
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #a8f9fc93
 class GradientFreeCAM(CAM):
-    "Base of the methods that need no gradient: a method overrides `class_maps`."
+    "Base class of the methods that need no gradients: a subclass overrides `class_maps`."
     graph = False
 
     def class_maps(self,
-                   seen: ForwardPass, # one pass
+                   seen: ForwardPass, # one forward pass
                    name: str          # one of its layers
                    ) -> Tensor:
         "Signed maps of the layer for each of the T scores, (N, T, h, w)."
         raise NotImplementedError(f'{type(self).__name__} defines no class_maps')
 
-    def raw_maps(self, seen: ForwardPass # one pass
+    def raw_maps(self, seen: ForwardPass # one forward pass
                 ) -> dict[str, Tensor]:
         "Layer -> signed maps for each of the T scores, (N, T, h, w)."
         return {name: self.class_maps(seen, name) for name in seen.nodes}
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #c6657807
-def weighted_sum(weights: Tensor,     # of the channels, (N, T, C)
+def weighted_sum(weights: Tensor,     # a weight per channel, (N, T, C)
                  activation: Tensor   # (N, C, h, w), float32
                  ) -> Tensor:
-    "Maps (N, T, h, w), in float32 even under autocast."
+    "Weighted sum over channels, (N, T, h, w), in float32 even under autocast."
     with torch.autocast(activation.device.type, enabled=False):
         return torch.einsum('ntc,nchw->nthw', weights.to(activation.dtype), activation)
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #0e3be722
 class ClassActivationMap(GradientFreeCAM):
-    """CAM (Zhou et al. 2016, arXiv:1512.04150, equation 2): channels weighted by the classifier's own weights.
+    """CAM (Zhou et al. 2016, arXiv:1512.04150, equation 2): channels weighted by the weights of the final linear layer.
 
-    Defined for the layer that a spatial mean and the final linear layer follow; elsewhere it raises `ValueError`."""
+    Only for a layer followed by global average pooling and the final linear layer, and for classes; else raises `ValueError`."""
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         weight = linear_weight(seen, name)
         if weight is None:
@@ -81,7 +81,7 @@ class ClassActivationMap(GradientFreeCAM):
 # %% ../../nbs/08b_gradcam.methods.ipynb #89c74fb3
 def first_component(activation: Tensor # (N, C, h, w)
                    ) -> Tensor:
-    "Each image's cells projected on their first principal component, (N, h, w), signed to go with the mean activation."
+    "Projection of each image's cells on their first principal component, (N, h, w), its sign chosen to correlate with the mean activation."
     size = activation.abs().amax((1, 2, 3)).clamp(min=torch.finfo(activation.dtype).tiny)[:, None]
     x = activation.flatten(2) / size[..., None]                          # X transposed: channels x cells; squares stay finite
     mean, x = x.mean(1), x - x.mean(2, keepdim=True)
@@ -96,7 +96,7 @@ def first_component(activation: Tensor # (N, C, h, w)
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #97ceac70
 class EigenCAM(GradientFreeCAM):
-    "EigenCAM (Muhammad and Yeasin 2020, arXiv:2008.00299): `X v_1`, channels centred. The same for every class."
+    "EigenCAM (Muhammad and Yeasin 2020, arXiv:2008.00299): first principal component of the activation. The same for every class."
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         activation = seen.activations[name]
         finite = activation.isfinite().all(-1).all(-1).all(-1)[:, None, None]
@@ -108,9 +108,9 @@ class EigenCAM(GradientFreeCAM):
 def masked_logits(model: nn.Module,
                   images: Tensor,      # (N, 3, H, W)
                   activation: Tensor,  # (N, C, h, w)
-                  batch_size: int      # masked images in one pass
+                  batch_size: int      # masked images per forward pass
                   ) -> Tensor:
-    "Logits of every image seen through every channel, (N, C, K), in float32 or more."
+    "Logits of every image masked by each channel, scaled to 0..1 and upsampled, (N, C, K), at least float32."
     live = activation.amax((2, 3)) > activation.amin((2, 3))
     logits = _at_least_float32(model(torch.zeros_like(images[:1]))).expand(*live.shape, -1).clone()
     for n, k in zip(*(index.split(batch_size) for index in live.nonzero(as_tuple=True))):
@@ -121,12 +121,12 @@ def masked_logits(model: nn.Module,
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #d42205fe
 class ScoreCAM(GradientFreeCAM):
-    "ScoreCAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by `softmax_k S(x * stretch(enlarge(A_k)))`."
+    "ScoreCAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by `softmax_k S(x * scale(upsample(A_k)))`, S the score."
     def __init__(self,
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 batch_size: int = 128): # masked images in one pass
+                 batch_size: int = 128): # masked images per forward pass
         super().__init__(model, layers, classes)
         self.batch_size = batch_size
 
@@ -183,10 +183,10 @@ def _next_or_run(given, forward, *inputs, **options):
 # %% ../../nbs/08b_gradcam.methods.ipynb #a402c4b4
 def tail_logits(model: nn.Module,
                 before: list,       # from `_finished_before`
-                images: Tensor,     # the N images it was made with
-                activation: Tensor  # the output to give the layer for them, R times over: (R * N, C, h, w)
+                images: Tensor,     # the N images that `before` was recorded with
+                activation: Tensor  # replaces the layer's output, R copies of the N images: (R * N, C, h, w)
                 ) -> Tensor:
-    "Logits (R * N, K) of the network with another activation in the layer; what comes before it is not computed."
+    "Logits (R * N, K) with the layer's output replaced by `activation`; modules that ran before the layer are not run again."
     copies = len(activation) // len(images)
     given = {}
     for module, output in before[:-1]: given.setdefault(module, []).append(output)
@@ -199,11 +199,11 @@ def tail_logits(model: nn.Module,
 # %% ../../nbs/08b_gradcam.methods.ipynb #1f2faaf6
 def ablated_logits(model: nn.Module,
                    layer: nn.Module,
-                   seen: ForwardPass,  # a pass of that network
+                   seen: ForwardPass,  # a forward pass of `model`
                    name: str,          # the layer's name
-                   batch_size: int     # activations in one pass of the tail
+                   batch_size: int     # images per forward pass, at least N
                    ) -> Tensor:
-    "Logits of every image without each channel of the layer, (N, C, K), in float32 or more."
+    "Logits of every image with each channel of the layer set to zero, (N, C, K), at least float32."
     node, weight = seen.nodes[name], linear_weight(seen, name)
     if weight is not None:
         return _at_least_float32(seen.logits)[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
@@ -226,7 +226,7 @@ class AblationCAM(GradientFreeCAM):
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 batch_size: int = 128): # activations in one pass of the tail
+                 batch_size: int = 128): # images per forward pass of the later layers, at least N
         super().__init__(model, layers, classes)
         self.batch_size = batch_size
 
@@ -237,12 +237,12 @@ class AblationCAM(GradientFreeCAM):
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #f8fef2a9
 class RandomCAM(GradientFreeCAM):
-    "The control: channels weighted at random, uniformly in -1..1. The same for every class."
+    "Control: random channel weights, uniform in [-1, 1]. The same map for every class."
     def __init__(self,
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 seed: int = 0): # of the weights
+                 seed: int = 0): # random seed of the weights
         super().__init__(model, layers, classes)
         self.seed = seed
 

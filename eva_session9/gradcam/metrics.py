@@ -21,9 +21,9 @@ from .cam import CAM, evaluating, find_layers, target_classes, unwrap
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #e91a11f3
 def ranks(maps: Tensor,     # (N, H, W)
-          seed: int = 0     # of the order of equal pixels
+          seed: int = 0     # for breaking ties
           ) -> Tensor:
-    "The place of each pixel in its map, int64 (N, H, W): the largest has 0. A map that is not finite raises `ValueError`."
+    "The rank of each pixel in its map, int64 (N, H, W), 0 for the largest. A map with non-finite values raises `ValueError`."
     if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): choose a layer, or fuse')
     if not maps.isfinite().all(): raise ValueError(_NOT_FINITE)
     flat = maps.flatten(1)
@@ -35,9 +35,9 @@ _NOT_FINITE = 'maps: found values that are not finite; leave out maps by their s
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #591b6fd3
 def centre_gaussian(images: Tensor,         # (N, 3, H, W)
-                    width: float = 0.25     # standard deviation, in heights and widths of the image
+                    width: float = 0.25     # standard deviation, as a fraction of H and of W
                     ) -> Tensor:
-    "The same bump in the middle of each image, (N, H, W), 1 at its top."
+    "The same Gaussian at the centre of each image, (N, H, W), with peak value 1."
     rows, columns = ((torch.arange(n, device=images.device) + 0.5) / n - 0.5 for n in images.shape[-2:])
     squares = rows[:, None] ** 2 + columns ** 2
     return torch.exp(-squares / (2 * width ** 2)).expand(len(images), -1, -1)
@@ -46,9 +46,9 @@ def centre_gaussian(images: Tensor,         # (N, 3, H, W)
 @torch.no_grad
 def confidence(model: nn.Module,
                images: Tensor,   # (N, 3, H, W), normalised
-               target: Tensor    # a class for each image, int64 (N,), such as `heatmaps.target`
+               target: Tensor    # class indices, int64 (N,), such as `heatmaps.target`
                ) -> Tensor:
-    "The softmax probability of each image's class, float32 (N,)."
+    "The softmax probability of each image's target class, float32 (N,)."
     if not isinstance(target, Tensor) or target.shape != images.shape[:1]:
         found = tuple(target.shape) if isinstance(target, Tensor) else target
         raise ValueError(f'target: found {found} for {len(images)} images, expected a tensor ({len(images)},)')
@@ -59,14 +59,14 @@ def confidence(model: nn.Module,
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #a9432a86
 def replacing(model: nn.Module,
-              start: Tensor,    # images to begin with, (N, 3, H, W)
-              end: Tensor,      # images to end with, (N, 3, H, W)
-              maps: Tensor,     # (N, H, W): the largest pixels are replaced first
+              start: Tensor,    # images before any replacement, (N, 3, H, W)
+              end: Tensor,      # images whose pixels replace those of `start`, (N, 3, H, W)
+              maps: Tensor,     # (N, H, W): pixels with the largest values are replaced first
               target: Tensor,   # a class for each image, (N,)
-              steps: int = 32,  # equal portions of pixels
-              seed: int = 0     # of the order of equal pixels
+              steps: int = 32,  # number of steps, of equally many pixels each
+              seed: int = 0     # for breaking ties
               ) -> Tensor:
-    "The confidence in the class after 0, 1, ... `steps` portions of pixels, (N, steps + 1)."
+    "The confidence in the target class after 0, 1, ..., `steps` steps of replacing pixels, (N, steps + 1)."
     place, pixels = ranks(_fitting(maps, start), seed)[:, None], maps[0].numel()
     counts = [round(step * pixels / steps) for step in range(steps + 1)]
     return torch.stack([confidence(model, torch.where(place < k, end, start), target) for k in counts], 1)
@@ -83,33 +83,33 @@ def deletion(model: nn.Module,
              images: Tensor,   # (N, 3, H, W), normalised, so that 0 is the mean colour
              maps: Tensor,     # (N, H, W)
              target: Tensor,   # a class for each image, (N,)
-             steps: int = 32,  # equal portions of pixels
-             seed: int = 0     # of the order of equal pixels
+             steps: int = 32,  # number of steps, of equally many pixels each
+             seed: int = 0     # for breaking ties
              ) -> Tensor:
-    "The confidence while pixels become the mean colour, (N, steps + 1): lower is better (Petsiuk et al. 2018)."
+    "Deletion curve: confidence as the largest pixels become the mean colour, (N, steps + 1); lower is better (Petsiuk et al. 2018)."
     return replacing(model, images, torch.zeros_like(images), maps, target, steps, seed)
 
 def insertion(model: nn.Module,
               images: Tensor,      # (N, 3, H, W), normalised
               maps: Tensor,        # (N, H, W)
               target: Tensor,      # a class for each image, (N,)
-              steps: int = 32,     # equal portions of pixels
-              sigma: float = 5.0,  # of the blur that hides the image, pixels: enough that the model cannot tell the class
-              seed: int = 0        # of the order of equal pixels
+              steps: int = 32,     # number of steps, of equally many pixels each
+              sigma: float = 5.0,  # of the Gaussian blur, pixels; large enough to hide the class from the model
+              seed: int = 0        # for breaking ties
               ) -> Tensor:
-    "The confidence while the pixels of a blurred image become sharp, (N, steps + 1): higher is better (Petsiuk et al. 2018)."
+    "Insertion curve: confidence as the largest pixels of a blurred image become sharp, (N, steps + 1); higher is better (Petsiuk et al. 2018)."
     return replacing(model, blurred(images, sigma), images, maps, target, steps, seed)
 
-def area_under(curve: Tensor # (N, S)
+def area_under(curve: Tensor # (N, S), at S evenly spaced points
               ) -> Tensor:
-    "The mean height of each curve by the trapezoid rule, (N,)."
+    "Area under each curve by the trapezoidal rule, x from 0 to 1, (N,)."
     return (curve[:, 1:] + curve[:, :-1]).mean(1) / 2
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #ea79421c
 def blurred(images: Tensor, # (N, C, H, W)
-            sigma: float    # pixels
+            sigma: float    # standard deviation, pixels, > 0
             ) -> Tensor:
-    "Images under a Gaussian blur, reflected at their borders."
+    "Images after a Gaussian blur with reflection padding, (N, C, H, W)."
     if sigma <= 0: raise ValueError(f'sigma: found {sigma}, expected more than 0')
     reach = min(round(3 * sigma), min(images.shape[-2:]) - 1)
     offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
@@ -120,12 +120,12 @@ def blurred(images: Tensor, # (N, C, H, W)
     return images
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #92165c07
-def conjugate_gradient(multiply,                 # a linear map of (N, C, H, W), symmetric and positive definite in each plane
+def conjugate_gradient(multiply,                 # function, linear on (N, C, H, W), symmetric positive definite on each H x W plane
                        b: Tensor,                # right-hand sides, (N, C, H, W)
-                       tolerance: float = 1e-5,  # largest residual, as a share of `b`
-                       steps: int = 10_000       # before it gives up with `ArithmeticError`
+                       tolerance: float = 1e-5,  # largest norm of the residual, relative to that of `b`, in each plane
+                       steps: int = 10_000       # most iterations; without convergence raises `ArithmeticError`
                        ) -> Tensor:
-    "Solve `multiply(x) = b` in each plane (Hestenes and Stiefel 1952)."
+    "Solve `multiply(x) = b` in each plane by conjugate gradients (Hestenes and Stiefel 1952)."
     def squared(x): return (x * x).sum((-2, -1), keepdim=True)
     def ratio(a, b): return a / b.clamp(min=torch.finfo(a.dtype).tiny)
     x, residual, direction, size = torch.zeros_like(b), b, b, squared(b)
@@ -141,11 +141,11 @@ def conjugate_gradient(multiply,                 # a linear map of (N, C, H, W),
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #3e77153d
 def fill_in(images: Tensor,        # (N, C, H, W), normalised
-            removed: Tensor,       # bool (N, H, W); at least one pixel of each image stays
-            noise: float = 0.01,   # standard deviation of what is added to removed pixels
+            removed: Tensor,       # bool (N, H, W); each image needs at least one False
+            noise: float = 0.01,   # standard deviation of the Gaussian noise added to removed pixels
             seed: int = 0          # of the noise
             ) -> Tensor:
-    "Removed pixels become the weighted means of their eight neighbours (Rong et al. 2022, section 4.2)."
+    "Noisy linear imputation: each removed pixel is the weighted mean of its eight neighbours, plus noise (Rong et al. 2022, section 4.2)."
     if removed.flatten(1).all(1).any(): raise ValueError('removed: an image has no pixel left to fill in from')
     unknown, dtype = removed[:, None], images.dtype
     images = images.to(torch.promote_types(dtype, torch.float32))
@@ -169,12 +169,12 @@ FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 def road(model: nn.Module,
          images: Tensor,                           # (N, 3, H, W), normalised
-         maps: Tensor,                             # (N, H, W): the largest pixels are removed
+         maps: Tensor,                             # (N, H, W): pixels with the largest values are removed
          target: Tensor,                           # a class for each image, (N,)
-         fractions: Sequence[float] = FRACTIONS,   # F shares of pixels to remove
-         seed: int = 0                             # of the noise, and of the order of equal pixels
+         fractions: Sequence[float] = FRACTIONS,   # F fractions of pixels to remove, 0 <= f < 1
+         seed: int = 0                             # of the noise and for breaking ties
          ) -> Tensor:
-    "The confidence with each share of pixels removed and filled in, (N, F) (Rong et al. 2022). For the smallest first, negate the maps."
+    "ROAD: confidence with each fraction of pixels removed and imputed, (N, F) (Rong et al. 2022). To remove the smallest first, negate the maps."
     if not all(0 <= f < 1 for f in fractions): raise ValueError(f'fractions: found {fractions}, expected shares of pixels from 0 to below 1')
     place, pixels = ranks(_fitting(maps, images), seed), maps[0].numel()
     return torch.stack([confidence(model, fill_in(images, place < round(f * pixels), seed=seed), target) for f in fractions], 1)
@@ -183,10 +183,10 @@ def road_score(model: nn.Module,
                images: Tensor,                          # (N, 3, H, W), normalised
                maps: Tensor,                            # (N, H, W)
                target: Tensor,                          # a class for each image, (N,)
-               fractions: Sequence[float] = FRACTIONS,  # shares of pixels to remove
-               seed: int = 0                            # of the noise, and of the order of equal pixels
+               fractions: Sequence[float] = FRACTIONS,  # fractions of pixels to remove
+               seed: int = 0                            # of the noise and for breaking ties
                ) -> Tensor:
-    "Half the difference between the confidence left without the smallest pixels and that left without the largest, (N,): higher is better, 0 for a random map."
+    "(confidence without the smallest pixels - confidence without the largest) / 2, mean over `fractions`, (N,): higher is better, about 0 for a random map."
     maps = _fitting(maps, images)
     smallest, largest = (road(model, images, signed, target, fractions, seed) for signed in (-maps, maps))
     return (smallest - largest).mean(1) / 2
@@ -197,9 +197,9 @@ def confidence_drop(model: nn.Module,
                     maps: Tensor,     # (N, H, W), 0 to 1
                     target: Tensor    # a class for each image, (N,)
                     ) -> tuple[Tensor, Tensor]:
-    """The share of confidence lost where the image is multiplied by its map, (N,), and whether it grew, bool (N,).
+    """Fraction of confidence lost when the image is multiplied by its map, (N,), and whether the confidence increased, bool (N,).
 
-    Chattopadhay et al. 2018, section 4.1: lower, and more often, is better. A map of ones has a drop of 0: report it alongside."""
+    Chattopadhay et al. 2018, section 4.1: a low drop and frequent increases are better. A map of ones has a drop of 0: report it for comparison."""
     if not (maps.min() >= 0 and maps.max() <= 1): raise ValueError(f'maps: found {maps.min():.3g} to {maps.max():.3g}, expected 0 to 1')
     whole, seen = (confidence(model, shown, target) for shown in (images, images * _fitting(maps, images)[:, None].to(images.dtype)))
     return (whole - seen).clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny), seen > whole
@@ -207,9 +207,9 @@ def confidence_drop(model: nn.Module,
 # %% ../../nbs/08c_gradcam.metrics.ipynb #6c694814
 def pointing(maps: Tensor,   # (N, H, W)
              masks: Tensor,  # bool (N, H, W)
-             seed: int = 0   # of the choice among equal pixels
+             seed: int = 0   # for breaking ties
              ) -> Tensor:
-    "Is the largest pixel of each map in its mask? Bool (N,). Of equal ones the seed chooses, for all maps alike."
+    "Pointing game: whether the largest pixel of each map is in its mask, bool (N,). Ties are broken by `seed`, alike for all maps."
     return _same_size(masks, maps)[ranks(maps, seed) == 0]
 
 def _same_size(masks, maps):
@@ -221,7 +221,7 @@ def _same_size(masks, maps):
 def energy_in(maps: Tensor,   # (N, H, W), not negative
               masks: Tensor   # bool (N, H, W)
               ) -> Tensor:
-    "The share of each map's sum that lies in its mask, (N,); for an empty map, as for a uniform one, the mask's share of the image."
+    "The fraction of each map's sum inside its mask, (N,); for an all-zero map, as for a uniform one, the mask's fraction of the image."
     if not maps.min() >= 0: raise ValueError(f'maps: found {maps.min():.3g}, expected no negative value: take `Heatmaps.maps`')
     empty = maps.flatten(1).amax(1) == 0
     maps = torch.where(empty[:, None, None], 1, maps)
@@ -229,9 +229,9 @@ def energy_in(maps: Tensor,   # (N, H, W), not negative
 
 def matched_iou(maps: Tensor,   # (N, H, W)
                 masks: Tensor,  # bool (N, H, W)
-                seed: int = 0   # of the choice among equal pixels
+                seed: int = 0   # for breaking ties
                 ) -> Tensor:
-    "Intersection over union of each mask and as many of the largest pixels of its map, (N,); 0 for an empty mask."
+    "Intersection over union of each mask and the k largest pixels of its map, k being the mask's area, (N,); 0 for an empty mask."
     masks = _same_size(masks, maps)
     chosen = ranks(maps, seed) < masks.sum((1, 2))[:, None, None]
     return (chosen & masks).sum((1, 2)) / (chosen | masks).sum((1, 2)).clamp(min=1)
@@ -240,14 +240,14 @@ def matched_iou(maps: Tensor,   # (N, H, W)
 def oracle(masks: Tensor,           # bool (N, H, W)
            grid: tuple[int, int]    # rows and columns of a layer, such as `heatmaps.grid['layer4']`
            ) -> Tensor:
-    "The share of each cell that the mask covers, (N, h, w): a raw map that knows the truth."
+    "The fraction of each cell that the mask covers, (N, h, w): a raw map made from the ground truth."
     return F.adaptive_avg_pool2d(masks[:, None].float(), grid)[:, 0]
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #a0c2a287
 def spearman(a: Tensor, # maps, (N, h, w)
              b: Tensor  # maps, (N, h, w)
              ) -> Tensor:
-    "Spearman's rank correlation of the cells of each pair of maps, (N,); equal cells share their mean rank, a uniform map has 0."
+    "Spearman's rank correlation of each pair of maps, (N,); tied cells get their mean rank, a uniform map gives 0."
     if not (a.isfinite().all() and b.isfinite().all()): raise ValueError(_NOT_FINITE)
     first, second = (F.normalize(_mean_ranks(maps.flatten(1).float()), dim=1) for maps in (a, b))
     return (first * second).sum(1)
@@ -260,11 +260,11 @@ def _mean_ranks(flat):
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #af8d214d
 def randomized(model: nn.Module,
-               stages: Sequence[str],  # names of modules, from the output towards the input
+               stages: Sequence[str],  # module names, in order from output to input
                images: Tensor,         # (N, 3, H, W), to estimate batch-norm statistics on
-               seed: int = 0           # of the new weights; the global random state is left alone
+               seed: int = 0           # of the new weights; the global random state is unchanged
                ) -> Iterator[tuple[str, nn.Module]]:
-    "Each stage's name, with a copy of the network in which it and all before it in `stages` have new weights (Adebayo et al. 2018)."
+    "Yield each stage's name and a copy of the network with this stage and all before it in `stages` re-initialised (Adebayo et al. 2018)."
     changed = copy.deepcopy(unwrap(model)).eval()
     for i, (name, stage) in enumerate(find_layers(changed, stages).items()):
         with torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -290,16 +290,16 @@ def _estimate_statistics(model, stage, images):
     for norm, momentum in zip(norms, momenta): norm.eval().momentum = momentum
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #320d3613
-def cascade(cam: CAM,               # a method with its model and layers
+def cascade(cam: CAM,               # a CAM method, such as `GradCAM(model, 'layer4')`
             images: Tensor,         # (N, 3, H, W), normalised
             target: Tensor,         # a class for each image, (N,)
-            stages: Sequence[str],  # names of modules, from the output towards the input
-            calibration: Tensor,    # images to estimate batch-norm statistics on
+            stages: Sequence[str],  # module names, in order from output to input
+            calibration: Tensor,    # images (M, 3, H, W), to estimate batch-norm statistics on
             seed: int = 0           # of the new weights
             ) -> dict[str, Tensor]:
-    """Layer -> rank correlation of the maps before and after each stage has new weights, (S, N), for S stages.
+    """Layer -> rank correlation of the maps before and after each of S stages is re-initialised, cumulatively, (S, N).
 
-    For a method that explains the model, it falls to the correlation between maps of different images: compare
+    For a method that depends on the weights, this falls to the correlation between maps of different images: compare
     `spearman(raw, raw.roll(1, 0))` (Adebayo et al. 2018)."""
     raw, found = cam(images, target).raw, {name: [] for name in cam.layers}
     for _, network in randomized(cam.model, stages, calibration, seed):
@@ -309,11 +309,11 @@ def cascade(cam: CAM,               # a method with its model and layers
     return {name: torch.stack(similar) for name, similar in found.items()}
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #486bcaff
-def logit_similarity(cam: CAM,        # a method with its model and layers
+def logit_similarity(cam: CAM,        # a CAM method, such as `GradCAM(model, 'layer4')`
                      images: Tensor,  # (N, 3, H, W), normalised
-                     seed: int = 0    # of the other class
+                     seed: int = 0    # for choosing the other class
                      ) -> dict[str, Tensor]:
-    "Layer -> rank correlation of the maps of the predicted and of another class, (N,): 1 means that the class does not matter."
+    "Layer -> rank correlation of the maps for the predicted class and for a random other class, (N,): at 1 the class has no effect."
     predicted = cam(images)
     n, k = predicted.logits.shape
     if k < 2: raise ValueError('the model has one class, so there is no other to compare with')
@@ -323,11 +323,11 @@ def logit_similarity(cam: CAM,        # a method with its model and layers
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #249de681
 def bootstrap(values: Tensor,       # one for each image, (N,)
-              draws: int = 2000,    # samples of N images
-              level: float = 0.95,  # share of the samples' means inside the interval
-              seed: int = 0         # of the samples
+              draws: int = 2000,    # number of bootstrap resamples
+              level: float = 0.95,  # confidence level of the interval, 0 to 1
+              seed: int = 0         # for resampling
               ) -> tuple[float, float, float]:
-    "The mean, and the lower and upper end of its percentile interval."
+    "The mean, and the lower and upper bound of its bootstrap percentile interval."
     if values.ndim != 1 or not 0 < level < 1:
         raise ValueError(f'bootstrap: found values {tuple(values.shape)} and level {level}, expected (N,) and 0 to 1')
     values = values.cpu().double()

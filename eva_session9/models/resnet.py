@@ -70,7 +70,7 @@ class ResNet(nn.Module):
     def __init__(self,
                  block: type[nn.Module],     # `BasicBlock` or `Bottleneck`
                  depths: tuple[int, ...],    # blocks in each of the four stages
-                 num_classes: int = 10):     # logits
+                 num_classes: int = 10):     # number of classes, one logit each
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -94,27 +94,27 @@ def _stage(block, in_planes, planes, depth, stride):
     return nn.Sequential(*blocks)
 
 # %% ../../nbs/03_models.resnet.ipynb #e62c92f7
-def resnet18(num_classes: int = 10 # logits
+def resnet18(num_classes: int = 10 # number of classes
             ) -> ResNet:
     "ResNet-18: 11,173,962 parameters for 10 classes."
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes)
 
-def resnet34(num_classes: int = 10 # logits
+def resnet34(num_classes: int = 10 # number of classes
             ) -> ResNet:
     "ResNet-34."
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes)
 
-def resnet50(num_classes: int = 10 # logits
+def resnet50(num_classes: int = 10 # number of classes
             ) -> ResNet:
     "ResNet-50."
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes)
 
-def resnet101(num_classes: int = 10 # logits
+def resnet101(num_classes: int = 10 # number of classes
              ) -> ResNet:
     "ResNet-101."
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes)
 
-def resnet152(num_classes: int = 10 # logits
+def resnet152(num_classes: int = 10 # number of classes
              ) -> ResNet:
     "ResNet-152."
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes)
@@ -123,9 +123,9 @@ def resnet152(num_classes: int = 10 # logits
 ARCHITECTURES = {make.__name__: make for make in (resnet18, resnet34, resnet50, resnet101, resnet152)}
 
 def make_model(architecture: str,       # a key of `ARCHITECTURES`
-               num_classes: int         # logits
+               num_classes: int         # number of classes
               ) -> ResNet:
-    "The network called `architecture`, with fresh weights. An unknown name raises `ValueError`."
+    "The network called `architecture`, with randomly initialised weights. An unknown name raises `ValueError`."
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture: found {architecture!r}, expected one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[architecture](num_classes)
