@@ -509,8 +509,8 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
        ) -> History:
     """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
 
-    Same weights: on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`), for batches
-    that depend only on `set_epoch` and PyTorch's global generators. Raises `FloatingPointError` for a loss or weights that are
+    The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
+    and for batches that depend only on `set_epoch` and PyTorch's global generators. Raises `FloatingPointError` for a loss or weights that are
     not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
     is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe, frozen models,
     and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
