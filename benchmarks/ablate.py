@@ -36,7 +36,7 @@ from eva_session9.engine import faster_precision, fit, test
 from eva_session9.models.resnet import make_model
 from eva_session9.preprocessing import recipe_batches
 from eva_session9.save_load import write_atomically
-from reproduce import changed, command, held_out
+from reproduce import changed, command, held_out, kept
 
 WHOLE, COURSE = 'the whole recipe', "the course's recipe"
 COMMA = re.compile(r',(?![^\[]*\])')  # not one of a list
@@ -98,7 +98,7 @@ def settled(args, config):
     return replace(config, precision=faster_precision(make_model(config.architecture, 10).to(device), x, y))
 
 
-def one_run(args, config):
+def one_run(args, name, config):
     "Train by the recipe; the accuracy on the images held out, None where the loss was no number, and the seconds it took."
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # of a GPU; otherwise without effect
@@ -106,10 +106,14 @@ def one_run(args, config):
     train_batches, test_batches = recipe_batches(config, train_set, test_set)
     seed_everything(config.seed)
     model, start = make_model(config.architecture, len(train_set.classes)), time.perf_counter()
-    try: fit(model, train_batches, None, config)
+    try: history = fit(model, train_batches, None, config)
     except FloatingPointError: accuracy = None
     else: accuracy = test(model, test_batches, config.precision).accuracy
-    return {'seed': config.seed, 'accuracy': accuracy, 'seconds': round(time.perf_counter() - start, 1), 'hardware': hardware(pick_device())}
+    seconds = round(time.perf_counter() - start, 1)
+    if args.keep and accuracy is not None:
+        tested = {'accuracy': accuracy, 'tested_on': len(test_set)}
+        kept(model, train_set, history, tested, recorded(args), Path(args.keep) / name / f'seed-{config.seed}')
+    return {'seed': config.seed, 'accuracy': accuracy, 'seconds': seconds, 'hardware': hardware(pick_device())}
 
 
 def compared(runs):
@@ -143,12 +147,17 @@ def before(args, recipes):
     return json.loads(args.out.read_text())['trained']
 
 
+def recorded(args):
+    "The command line that repeats the measurement."
+    return (command(args, 'ablate.py', **{'--jobs': args.jobs}) + ' --half' * args.half
+            + ''.join(f' --variant {shlex.quote(variant)}' for variant in args.variant))
+
+
 def save(args, runs, recipes):
     "Write what is known so far."
     done = [run for group in runs.values() for run in group]
     result = {**compared(runs), 'question': question(args, recipes), 'trained': runs, 'versions': versions(),
-              'command': command(args, 'ablate.py', **{'--jobs': args.jobs}) + ' --half' * args.half
-              + ''.join(f' --variant {shlex.quote(variant)}' for variant in args.variant),
+              'command': recorded(args),
               'hardware': ' and '.join(sorted({run['hardware'] for run in done})), 'seconds': round(sum(run['seconds'] for run in done), 1)}
     if args.out: write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
     return result
@@ -159,7 +168,7 @@ def train_all(args, runs, recipes):
     tasks = [(name, seed) for seed in range(42, 42 + args.seeds) for name in recipes if seed not in {run['seed'] for run in runs[name]}]
     pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn'))
     try:
-        futures = {pool.submit(one_run, args, replace(recipes[name], seed=seed)): name for name, seed in tasks}
+        futures = {pool.submit(one_run, args, name, replace(recipes[name], seed=seed)): name for name, seed in tasks}
         for future in as_completed(futures):
             runs[futures[future]].append(future.result())
             save(args, runs, recipes)
@@ -180,6 +189,7 @@ def main():
     parser.add_argument('--data', default='cifar10', help="'cifar10', 'shapes', or a folder of images (default cifar10)")
     parser.add_argument('--root', help='folder of the CIFAR-10 files')
     parser.add_argument('--limit', type=int, help='use at most this many training images, those held out included')
+    parser.add_argument('--keep', help='folder for the trained models, FOLDER/VARIANT/seed-42/model.safetensors')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file, updated after each run')
     args = parser.parse_args()
     args.threads = max(1, torch.get_num_threads() // args.jobs)

@@ -132,7 +132,7 @@ def rules(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', nargs='?', choices=('cost', 'rules'), default='cost')
+    parser.add_argument('what', nargs='?', choices=('cost', 'rules'), default='cost', help='what to measure (default cost)')
     parser.add_argument('--repeats', type=int, default=5, help='repetitions of each (cost), or sweeps per network (rules); default 5')
     parser.add_argument('--points', type=int, default=100, help='points per sweep, for cost (default 100)')
     parser.add_argument('--architecture', default='resnet18', help='for cost (default resnet18)')

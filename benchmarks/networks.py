@@ -3,12 +3,14 @@
     python benchmarks/networks.py --out results/networks.json cc6b5e9 0c1a9ee df8f190 2a0a117
 
 Each network is given as a commit of this repository, from which git reads the weights and the card (so a clone with its whole
-history is needed); over time the library shipped the weights of four recipes. Measured as in cam_study.py, all on the same
-images: the mean difference per image to a centred Gaussian, with 95% bootstrap intervals. The methods that need a forward pass
-per channel are left out. A network that is already in --out is not measured again.
+history is needed; over time the library shipped the weights of four recipes), or as a folder that holds a model.safetensors, such
+as `ablate.py --keep` writes. Measured as in cam_study.py, all on the same images: the mean difference per image to a centred
+Gaussian, with 95% bootstrap intervals. The methods that need a forward pass per channel are left out. A network that is already in
+--out is not measured again.
 """
 import argparse
 import json
+import shlex
 import subprocess
 import tempfile
 import time
@@ -19,7 +21,7 @@ from tqdm import tqdm
 from cam_study import FRACTIONS, SLOW, Fast, controls, explained, explainers, in_batches, inputs, rounded, stratified
 from eva_session9.config import hardware, pick_device, versions
 from eva_session9.data import cifar10
-from eva_session9.gradcam import bootstrap, road_score
+from eva_session9.gradcam import METHODS, bootstrap, road_score
 from eva_session9.save_load import load_model, write_atomically
 
 WEIGHTS = 'eva_session9/weights/resnet18_cifar10'
@@ -35,7 +37,12 @@ def at_commit(commit):
         return load_model(Path(folder) / 'model.safetensors')
 
 
-def measured(model, images):
+def loaded(name):
+    "The model in a folder, or that of a commit."
+    return load_model(Path(name) / 'model.safetensors') if Path(name).is_dir() else at_commit(name)
+
+
+def measured(model, images, methods):
     "Accuracy on the images, and a row for each method and layer."
     start, x = time.perf_counter(), inputs(images, model.card['mean'], model.card['std'])
     fast = Fast(model, x[:32])
@@ -45,7 +52,7 @@ def measured(model, images):
         return in_batches(lambda *batch: {'road': road_score(fast, *batch, FRACTIONS)}, x, maps.round(decimals=4), target)['road']
     centre, rows = road(controls(x)['centre']), []
     for name, layer, cam in tqdm(list(explainers(model)), model.card['sha256'][:8]):
-        if name not in SLOW:
+        if name in methods:
             score = road(explained(cam, x, target)[0])
             rows.append({'method': name, 'layer': layer, 'road over centre': rounded(bootstrap(score - centre))})
     return {'accuracy': (target.numpy() == images.labels).mean().item(), 'centre': rounded(bootstrap(centre)), 'rows': rows,
@@ -55,19 +62,21 @@ def measured(model, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('commits', nargs='+', metavar='COMMIT', help='commit whose weights to measure; one or more')
+    quick = [name for name in METHODS if name not in SLOW]
+    parser.add_argument('networks', nargs='+', metavar='NETWORK', help='commit or folder whose weights to measure; one or more')
+    parser.add_argument('--methods', nargs='+', choices=quick, default=quick, metavar='METHOD', help=f"of {', '.join(quick)} (default all)")
     parser.add_argument('--images', type=int, default=500, help='CIFAR-10 test images, a multiple of 10 (default 500)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
     parser.add_argument('--out', type=Path, default=Path('results/networks.json'), help='.json file for the result (default results/networks.json)')
     args = parser.parse_args()
-    asked = {'images': args.images, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
+    asked = {'images': args.images, 'methods': args.methods, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
     before = json.loads(args.out.read_text()) if args.out.exists() else {**asked, 'networks': {}}
-    if {name: before[name] for name in asked} != asked: raise SystemExit(f'{args.out} holds another measurement; choose another file')
+    if {name: before.get(name) for name in asked} != asked: raise SystemExit(f'{args.out} holds another measurement; choose another file')
     networks, images = before['networks'], stratified(cifar10(args.root)[1], args.images)
-    for commit in args.commits:
-        if commit not in networks: networks[commit] = measured(at_commit(commit), images)
+    for name in args.networks:
+        if name not in networks: networks[name] = measured(loaded(name), images, args.methods)
         result = {**asked, 'networks': networks, 'seconds': sum(network['seconds'] for network in networks.values()),
-                  'command': f"python benchmarks/networks.py --images {args.images} {' '.join(networks)}"}
+                  'command': shlex.join(['python', 'benchmarks/networks.py', *networks, '--images', str(args.images), '--methods', *args.methods])}
         write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
     print(args.out)
 

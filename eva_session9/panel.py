@@ -128,17 +128,32 @@ def select(view: View,   # uses `show`, `true`, `predicted`, `confidence` and `o
 def probe(model: nn.Module, # an image classifier
           x: Tensor         # one image as the model takes it, (1, 3, H, W)
          ) -> tuple[Tensor, dict[str, tuple[int, int, int]]]:
-    "The logits (1, K), and the last layer of each grid size (of more than one cell): name -> (channels, rows, columns)."
-    network, stages = unwrap(model), {}
+    "The logits (1, K), and for each grid size (of more than one cell) the last layer that is not inside a block: name -> (channels, rows, columns)."
+    network, last = unwrap(model), {}
     def note(name, module, inputs, output):
+        last.pop(name, None)  # of a module that runs more than once, only the last run is explained
         grid = isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1
-        if grid and not _misshapen(output.shape[2:], x.shape[2:]): stages[output.shape[2:]] = name, tuple(output.shape[1:])
+        if grid and not _misshapen(output.shape[2:], x.shape[2:]): last[name] = tuple(output.shape[1:])
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
     try:
         with evaluating(network), _eager(), torch.inference_mode(): logits = network(x)
     finally:
         for hook in hooks: hook.remove()
-    return logits, dict(stages.values())
+    return logits, _stages(network, last)
+
+def _stages(network, shapes):
+    "Of the layers of each grid size, in the order in which they ran, the last of those inside the fewest blocks."
+    stages = {}
+    for name, shape in shapes.items():
+        blocks = _blocks_around(network, name)
+        if blocks <= stages.get(shape[1:], (blocks,))[0]: stages[shape[1:]] = blocks, name, shape
+    return {name: shape for _, name, shape in stages.values()}
+
+def _blocks_around(network, name):
+    "How many modules hold this one, not counting plain sequences."
+    parts = name.split('.')
+    around = (network.get_submodule('.'.join(parts[:i])) for i in range(1, len(parts)))
+    return sum(not isinstance(module, nn.Sequential | nn.ModuleList) for module in around)
 
 # %% ../nbs/10_panel.ipynb #4e630664
 def match_classes(images: ImageSet,            # the set

@@ -9,6 +9,7 @@ __all__ = ['MAX_TILES', 'Picture', 'plot_samples', 'denormalize', 'plot_augmenta
            'plot_confusion', 'overlay', 'plot_heatmaps', 'plot_misclassified', 'plot_intervals']
 
 # %% ../nbs/09_visual.ipynb #2610884b
+import re
 import textwrap
 from collections.abc import Sequence
 from functools import lru_cache
@@ -56,11 +57,21 @@ def _picture(title, width, height, layout='compressed'):
     return picture
 
 def _image_axes(axes, image, label=''):
-    "An image with its label above it, pixel by pixel and without a frame."
-    axes.imshow(image, interpolation='nearest')
+    "An image with its label above it, without a frame; small ones pixel by pixel, larger ones averaged to the size of the tile."
+    axes.imshow(image, interpolation='nearest' if max(image.shape[:2]) <= 100 else 'antialiased')
     axes.set_title(label, fontsize=8, pad=3, parse_math=False)  # a dollar sign in a name is one
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
+
+def _wrapped(text, width):
+    "The text in lines of at most `width` characters, broken after spaces, dots, dashes and underscores, or inside a longer word."
+    lines = []
+    for line in text.split('\n'):
+        lines.append('')
+        for piece in re.findall(rf'[^ ._-]{{1,{width - 1}}}[ ._-]*|[ ._-]+', line):
+            if lines[-1] and len(lines[-1] + piece.rstrip()) > width: lines.append('')
+            lines[-1] += piece
+    return '\n'.join(line.rstrip() for line in lines)
 
 # %% ../nbs/09_visual.ipynb #f925162d
 def _curve_axes(axes, title, xlabel):
@@ -81,7 +92,9 @@ def _tiles(title, images, labels, across=8):
     "Every image with its label, at most `across` in a row, the rows as even as they can be."
     rows = ceil(len(images) / across)
     columns = ceil(len(images) / rows)
-    picture = _picture(title, max(0.85 * columns, 4), rows + 0.3)
+    labels = [_wrapped(label, 13) for label in labels]
+    more = max((label.count('\n') for label in labels), default=0)
+    picture = _picture(title, max(0.85 * columns, 4), rows * (1 + 0.13 * more) + 0.3)
     grid = picture.subplots(rows, columns, squeeze=False).ravel()
     for axes, image, label in zip(grid, images, labels): _image_axes(axes, image, label)
     for axes in grid[len(images):]: axes.remove()
@@ -239,17 +252,20 @@ def plot_heatmaps(images: np.ndarray,                # the images explained, uin
                   cmap: str = 'inferno'              # a matplotlib colour map
                  ) -> Picture:
     "A row for each image: the image, then its heatmap at every layer or the reason why there is none. More than 400 tiles raise `ValueError`."
-    maps, layers = heatmaps.maps, heatmaps.layers
+    maps = heatmaps.maps
     _check_rows(images, maps, labels)
-    picture = _picture(title, 1.15 * (1 + len(layers)) + (1.1 if len(labels) else 0), 1.15 * len(images) + 0.7)
-    grid = picture.subplots(len(images), 1 + len(layers), squeeze=False)
+    labels = [_wrapped(label, 24) for label in labels]
+    titles = ['image', *(f'{_wrapped(name, 18)}\n{h} x {w} cells' for name, (h, w) in heatmaps.grid.items())]
+    beside = max((len(line) for label in labels for line in label.split('\n')), default=0)
+    width = 1.15 * len(titles) + (max(1.1, 0.07 * beside) if labels else 0)
+    picture = _picture(title, width, 1.15 * len(images) + 0.44 + 0.13 * max(text.count('\n') + 1 for text in titles))
+    grid = picture.subplots(len(images), len(titles), squeeze=False)
     for row, image, image_maps, status in zip(grid, images, maps, heatmaps.status):
         _image_axes(row[0], image)
         for axes, heatmap, code in zip(row[1:], image_maps, status):
             _heatmap_axes(axes, image, heatmap, Status(code.item()), alpha, cmap)
     for axes, label in zip(grid[:, 0], labels): axes.set_ylabel(label, fontsize=8, rotation=0, ha='right', va='center', parse_math=False)
-    titles = ['image', *(f'{name}\n{h} x {w} cells' for name, (h, w) in heatmaps.grid.items())]
-    for axes, text in zip(grid[0], titles): axes.set_title(text, fontsize=8)
+    for axes, text in zip(grid[0], titles): axes.set_title(text, fontsize=8, parse_math=False)
     return picture
 
 # %% ../nbs/09_visual.ipynb #d09e5897

@@ -240,7 +240,7 @@ class ForwardPass:
     score: Callable[[Tensor], Tensor]   # logits (N, K) -> the scores to explain, (N, T): T is K for 'all', else 1
     target: Tensor | None               # the classes explained: (N,), for 'all' (K,); None for a function
     all_classes: bool                   # whether `target` was 'all'
-    linear: tuple | None                # weight, input and output of the nn.Linear that ran last; None: none ran
+    linear: tuple | None                # weight, bias, input and output of the nn.Linear that ran last; None: none ran
 
     def __post_init__(self):
         self.activations = {name: _at_least_float32(node.detach()) for name, node in self.nodes.items()}
@@ -266,27 +266,43 @@ def _backward(seen, t):
 def linear_weight(seen: ForwardPass, # a forward pass
                   name: str          # one of its layers
                   ) -> Tensor | None:
-    "Weight (K, C) of the last linear layer, if its input is the spatial mean of this layer and its output the logits; else None."
+    "Weight (K, C) of the last linear layer, if the logits are this weight times the spatial mean of this layer, plus the bias; else None."
     if seen.linear is None: return None
-    weight, features, output = seen.linear
+    weight, bias, features, output = seen.linear
     means = seen.nodes[name].detach().mean((2, 3))
-    if features.shape != means.shape or output.shape != seen.logits.shape: return None
+    if features.shape != means.shape or output.shape != seen.logits.shape or weight.shape != (output.shape[1], means.shape[1]): return None
     finite = features.isfinite()  # an image with NaNs must not decide for the others
     size = features.where(finite, 0).abs()
     rounding = 2 * torch.finfo(features.dtype).eps * size + 32 * torch.finfo(torch.float32).eps * size.amax(1, keepdim=True)
     same = torch.equal(finite, means.isfinite()) and ((features - means).abs() <= rounding)[finite].all()
     known = finite.all(1)
-    return _at_least_float32(weight.detach()) if same and torch.equal(output[known], seen.logits[known]) else None
+    same = same and torch.equal(output[known], seen.logits[known]) and _is_linear(weight, bias, features[known], output[known])
+    return _at_least_float32(weight.detach()) if same else None
+
+def _is_linear(weight, bias, features, output):
+    "Is the output `features @ weight.T + bias`, but for rounding? A subclass or a hook may do something else."
+    weight, features = _at_least_float32(weight), _at_least_float32(features)
+    bias = weight.new_zeros(1) if bias is None else _at_least_float32(bias)
+    rounding = 32 * torch.finfo(torch.float32).eps + 2 * torch.finfo(output.dtype).eps
+    with torch.autocast(output.device.type, enabled=False):
+        return ((output - features @ weight.T - bias).abs() <= rounding * (features.abs() @ weight.abs().T + bias.abs())).all()
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #cc0fd793
 def gradients(seen: ForwardPass # a forward pass with an autograd graph
              ) -> Iterator[dict[str, Tensor]]:
     "Yield, for each of the T scores, layer -> gradient of each image's score with respect to the layer's output, (N, C, h, w)."
-    weights = {name: linear_weight(seen, name) for name in seen.nodes} if seen.all_classes else {}
-    known = seen.all_classes and all(weight is not None for weight in weights.values())
-    for t in range(seen.scores.shape[1]):
+    first = _backward(seen, 0)
+    yield first
+    if not seen.all_classes: return
+    weights = {name: linear_weight(seen, name) for name in seen.nodes}
+    known = all(weight is not None and _same(first[name], _spread(weight[0], first[name]), seen) for name, weight in weights.items())
+    for t in range(1, seen.scores.shape[1]):
         if known: yield {name: _spread(weights[name][t], a) for name, a in seen.activations.items()}
         else: yield _backward(seen, t)
+
+def _same(gradient, expected, seen):
+    "Are they equal but for the rounding of the pass?"
+    return torch.allclose(gradient, expected, rtol=32 * torch.finfo(torch.float32).eps + 4 * torch.finfo(seen.scores.dtype).eps, atol=0)
 
 def _spread(weight, activation):
     "The gradient of a linear layer on spatial means: `weight` (C,) shared equally by all cells of (N, C, h, w)."
@@ -295,13 +311,13 @@ def _spread(weight, activation):
 # %% ../../nbs/08a_gradcam.cam.ipynb #66479f54
 @torch.no_grad
 def _run(model, layers, images, graph):
-    "Logits; layer -> output; and the weight, input and output of the linear layer that ran last."
+    "Logits; layer -> output; and the weight, bias, input and output of the linear layer that ran last."
     kept, runs, linear = {}, Counter(), {}
     def keep_linear(module, inputs, output):
-        linear['last'] = (module.weight, inputs[0].detach(), output.detach().clone()) if inputs else None
+        linear['last'] = (module.weight, module.bias, inputs[0].detach(), output.detach().clone()) if inputs else None
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
-    with _hooked(hooks): logits = model(images)
+    with _hooked(hooks): logits = model(images.clone())  # which the model may change in place
     for name in layers:
         if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain')
         for doubt in _doubts(runs[name], kept[name].shape[2:], images.shape[2:]): warnings.warn(f'layer {name!r} {doubt}', stacklevel=4)
