@@ -93,7 +93,7 @@ def main():
         'versions': versions(), 'command': f'python benchmarks/train_cpu.py --images {args.images} --rounds {args.rounds}'}
     print(json.dumps(result, indent=1))
     for name, value, target in (('fit against the plain loop', result['ratio'], 1.7),
-                                ('whole batches against it', result['ratio_whole_batches'], 1.9),
+                                ('whole batches against the plain loop', result['ratio_whole_batches'], 1.9),
                                 ('share of the convolution peak', result['share_of_convolution_peak'], 0.6)):
         print(f"{name}: {value}, target on a CPU with bf16 {target}: {'reached' if value >= target else 'MISSED'}")
     if args.out: write_atomically(args.out, (json.dumps(result, indent=1) + '\n').encode())

@@ -192,7 +192,7 @@ def eva9_find_lr(
         found = replace(recipe, lr=curve.lr, muon_lr=recipe.muon_lr * curve.lr / recipe.lr)  # swept together
         write_atomically(out / 'recipe.json', json.dumps(asdict(found), indent=1).encode())
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
-        if recipe.warmup: print('the recipe lowers its rate to zero, so up to three times the suggested one is worth a try')
+        if recipe.warmup: print('the recipe lowers the learning rate to zero, so rates up to three times the suggested one are worth trying')
         again = _command('eva9_train', data, (out / 'recipe.json').as_posix(), root=root, limit=limit)
         print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
 
@@ -213,11 +213,14 @@ def eva9_explain(
         from eva_session9.save_load import load_model, pretrained
         from eva_session9.config import pick_device
         model, out = (load_model(weights) if weights else pretrained()).to(pick_device()), Path(out)
-        if bool(images) == bool(data): raise ValueError('give either image files or --data, such as --data shapes')
+        if bool(images) == bool(data):
+            found = 'both image files and --data' if data else 'neither image files nor --data'
+            raise ValueError(f"found {found}, expected one of the two, such as --data cifar10 for the library's own model")
         if data: return _explain_mistakes(model, _sets(data, root, limit, model.card['size'])[1], method, layers, out)
         files, pictures, bad = _read_images(images, model.card['size'])
         for problem in bad: print(f'eva9_explain: skipped: {problem}', file=sys.stderr)
-        if not files: raise ValueError(f'none of the {len(bad)} files can be read as an image')
+        if not files: raise ValueError(f'found no image that can be read (files tried: {len(bad)}); give PNG, JPEG or WebP files, '
+                                       'or folders of them')
         _explain_images(model, files, pictures, method, layers, out)
     return int(bool(bad))
 
@@ -232,7 +235,7 @@ def _read_images(paths, size):
         try: pictures.append(fit_square(read_image(file), size))
         except (ValueError, OSError) as error: bad.append(str(error))
         else: files.append(file)
-    print(f'{len(files)} images, shorter side resized to {size} pixels and cropped to the centre', file=sys.stderr)
+    print(f'{len(files)} image{"s" * (len(files) != 1)}, shorter side resized to {size} pixels and cropped to the centre', file=sys.stderr)
     return files, np.stack(pictures) if pictures else None, bad
 
 def _visible_files(folder): return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != '.']
@@ -288,17 +291,18 @@ def _explain_mistakes(model, images, method, layers, out):
     from eva_session9.preprocessing import loader, test_transforms
     from eva_session9.visual import plot_heatmaps
     if list(images.classes) != model.card['classes']:
-        raise ValueError(f"the model knows {', '.join(model.card['classes'])}; the images are of {', '.join(images.classes)}")
+        raise ValueError(f"--data: found classes {', '.join(images.classes)}, expected those of the model: {', '.join(model.card['classes'])}; "
+                         'give other data, or with --weights a model trained on these')
     batches = loader(images, test_transforms(model.card['mean'], model.card['std']), 250, shuffle=False)
     evaluation = test(model, batches)
     mistakes = evaluation.misclassified
-    print(f'{len(mistakes)} of {len(images)} test images are misclassified', file=sys.stderr)
-    title = 'The most confident mistakes' if len(mistakes) else 'No mistakes: the least confident answers'
+    print(f'misclassified: {len(mistakes)} of {len(images)} test images', file=sys.stderr)
+    title = 'The most confident mistakes' if len(mistakes) else 'No mistakes: the least confident predictions'
     chosen = (mistakes if len(mistakes) else evaluation.confidence.argsort())[:_rows(8, method, layers)]
     heatmaps = _heatmaps(model, images.images[chosen.numpy()], method, layers)
     found = _describe([f'test image {i}' for i in chosen.tolist()], heatmaps, images.classes)
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]
-    labels = [f"{entry['true']}, taken for\n{entry['predicted']} {entry['probability']:.0%}" for entry in found]
+    labels = [f"true: {entry['true']}\npredicted: {entry['predicted']}\nwith {entry['probability']:.0%}" for entry in found]
     _draw([('heatmaps', plot_heatmaps(images.subset(chosen).images, heatmaps, labels, f'{title}, by {method}'))], out)
     _write_numbers(found, out, 1)
 
@@ -364,10 +368,12 @@ def _panel_source(data, weights):
     if data is None and not weights: return default_source()
     data = data or _trained_on(weights)
     if data not in ('cifar10', 'shapes') and not Path(data).is_dir():
-        raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
+        raise ValueError(f"--data (if not given, the data that the model was trained on): found {data!r}, "
+                         "expected 'cifar10', 'shapes' or an existing folder of images")
     if data == 'shapes' and not weights: weights = newest_run()
     if data == 'shapes' and not weights:
-        raise ValueError('there is no model trained on shapes in a folder here; run eva9_train --data shapes first')
+        raise ValueError('there is no model trained on shapes in a subfolder of this folder; run eva9_train --data shapes here, '
+                         'or give --weights')
     return data, weights
 
 def _trained_on(weights):

@@ -103,15 +103,16 @@ def _check_together(config):
     if any(type(size) is not int or not 1 <= size <= 1024 for size in config.sizes):
         raise ValueError(f'Config.sizes: found {config.sizes}, expected whole numbers of pixels from 1 to 1024')
     if len(config.sizes) > config.epochs:
-        raise ValueError(f'Config.sizes: found {len(config.sizes)} sizes for {config.epochs} epochs, expected an epoch or more for '
-                         'each; train longer')
-    if config.nesterov and not config.momentum: raise ValueError("Config.nesterov: found momentum 0, expected more for Nesterov's form of it")
+        raise ValueError(f'Config.sizes: found {len(config.sizes)} sizes for epochs={config.epochs}, expected at least one epoch '
+                         'for each size; raise epochs or give fewer sizes')
+    if config.nesterov and not config.momentum:
+        raise ValueError('Config.nesterov: found momentum 0, expected more than 0; raise momentum or set nesterov=False')
 
 # %% ../nbs/00_config.ipynb #54b88bd3
 def config_from(values: dict # field name -> value, as `dataclasses.asdict` gives them
                ) -> Config:
     "The `Config` with these values. An unknown name raises `ValueError` with the closest field, anything but a dictionary `TypeError`."
-    if not isinstance(values, dict): raise TypeError(f'found {type(values).__name__}, expected an object of field names and values')
+    if not isinstance(values, dict): raise TypeError(f'found {type(values).__name__}, expected an object (a dictionary) of field names and values')
     names = [f.name for f in fields(Config)]
     for name in values:
         if name in names: continue

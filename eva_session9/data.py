@@ -69,12 +69,12 @@ def _check_set(s):
          f'labels: found {s.labels.dtype} {s.labels.shape}, expected int64 ({len(s.images)},)'),
         (len(s.images) == 0, 'the set is empty; expected at least one image'),
         (s.masks is not None and (s.masks.dtype != bool or s.masks.shape != s.images.shape[:3]),
-         f'masks: expected bool {s.images.shape[:3]}')]
+         f'masks: found {np.asarray(s.masks).dtype} {np.shape(s.masks)}, expected bool {s.images.shape[:3]}')]
     for wrong, message in problems:
         if wrong: raise ValueError(f'ImageSet: {message}')
     if s.labels.min() < 0 or s.labels.max() >= len(s.classes):
-        raise ValueError(f'ImageSet: labels run from {s.labels.min()} to {s.labels.max()}, '
-                         f'expected 0 to {len(s.classes) - 1} for {len(s.classes)} classes')
+        raise ValueError(f'ImageSet: labels: found {s.labels.min()} to {s.labels.max()}, '
+                         f'expected 0 to {len(s.classes) - 1} (number of classes: {len(s.classes)})')
 
 # %% ../nbs/01_data.ipynb #c75577c5
 def cifar10(root: str | Path | None = None # folder of the official files; None: the user's cache folder
@@ -89,7 +89,7 @@ def cifar10(root: str | Path | None = None # folder of the official files; None:
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f'CIFAR-10 is not in {root}, or not as published, and could not be downloaded ({error}). Give the folder '
-            "that holds cifar-10-batches-py as the root, or train on 'shapes', which needs no files") from error
+            "that contains cifar-10-batches-py as root (--root), or use the data set 'shapes', which needs no files") from error
     return tuple(ImageSet(s.data, np.array(s.targets), tuple(s.classes)) for s in (train, test))
 
 # %% ../nbs/01_data.ipynb #1a1a6b6e
@@ -109,9 +109,10 @@ def read_image(file: str | Path | BinaryIO # a path, or a file open for reading 
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
             return np.array(_rgb(_upright(image)))
-    except UnidentifiedImageError: raise ValueError(f'{name}: is no PNG, JPEG or WebP image; convert it') from None
+    except UnidentifiedImageError: raise ValueError(f'{name}: is not a PNG, JPEG or WebP image, or is damaged; '
+                                                    'convert it or leave it out') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f'{name}: {error}; expected at most {MAX_PIXELS:,}, make it smaller') from None
+        raise ValueError(f'{name}: {error}; expected at most {MAX_PIXELS:,} pixels in all; make the image smaller') from None
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ValueError(f'{name}: is damaged ({error}); save it again from its source') from error
 
@@ -121,7 +122,8 @@ def _read_bytes(file):
     if isinstance(file, (str, Path)):
         if Path(file).is_dir(): raise ValueError(f'{file}: is a folder, expected an image file')
         with open(file, 'rb') as opened: return _read_bytes(opened)
-    if not hasattr(file, 'read'): raise TypeError(f'found {type(file).__name__}, expected a path or an open file')
+    if not hasattr(file, 'read'): raise TypeError(f'found {type(file).__name__}, expected a path or an open file of bytes, '
+                                                  'such as io.BytesIO(data)')
     data, name = file.read(MAX_BYTES + 1), getattr(file, 'name', 'image')
     if len(data) > MAX_BYTES: raise ValueError(f'{name}: has more than {MAX_BYTES:,} bytes, make the image smaller')
     return data, name
@@ -165,7 +167,8 @@ def image_folder(path: str | Path, # folder with `train` and `test`, each with o
     if size < 1: raise ValueError(f'size: found {size}, expected 1 or more pixels a side')
     train, test = _parts(Path(path), seed)
     lone = sorted(train.keys() ^ test.keys())
-    if lone: raise ValueError(f'{path}: expected the same classes in train and test; in one only: {lone}')
+    if lone: raise ValueError(f'{path}: found {lone} in only one of train and test, expected the same classes in both; '
+                              'add these folders there or remove them')
     pixels = _read_all([file for part in (train, test) for files in part.values() for file in files], size)
     counts = [[len(part[name]) for name in train] for part in (train, test)]
     labels, n = [np.repeat(np.arange(len(train)), count) for count in counts], sum(counts[0])
@@ -175,18 +178,22 @@ def image_folder(path: str | Path, # folder with `train` and `test`, each with o
 def _parts(path, seed):
     "The files of each class in train and in test."
     found = [part for part in ('train', 'test') if (path / part).is_dir()]
-    if len(found) == 1: raise ValueError(f'{path}: found {found[0]} alone, expected train and test, or class folders')
+    if len(found) == 1: raise ValueError(f'{path}: found {found[0]} alone, expected both train and test, or only class folders; '
+                                         f'add the other folder, or rename {found[0]} if it is a class')
     return (_class_files(path / 'train'), _class_files(path / 'test')) if found else _split(_class_files(path), seed)
 
 def _class_files(folder):
     "Class name -> its files, both sorted."
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
     files = {p.name: _visible(p) for p in _visible(folder) if p.is_dir()}
-    if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folders, expected two or more')
+    if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folder{"s" * (len(files) != 1)}, expected two or more; '
+                                        'put the images of each class into a folder of its own')
     empty = [name for name in files if not files[name]]
-    if empty: raise ValueError(f'{folder}: no images of {empty}; add some or remove the folders')
+    if empty: raise ValueError(f'{folder}: found no images in {empty}, expected at least one in each class folder; '
+                               'add some or remove these folders')
     nested = [p for inside in files.values() for p in inside if p.is_dir()]
-    if nested: raise ValueError(f'{nested[0]}: is a folder in a class folder, expected images; move its images up')
+    if nested: raise ValueError(f'{nested[0]}: is a folder in a class folder, expected images; move its images up, '
+                                'or give the folder that contains the class folders')
     return files
 
 def _visible(folder): return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
@@ -194,7 +201,7 @@ def _visible(folder): return sorted(p for p in folder.iterdir() if not p.name.st
 def _split(files, seed):
     "Four fifths and one fifth of each class, at least one image in either."
     few = [name for name in files if len(files[name]) < 2]
-    if few: raise ValueError(f'found one image only of {few}, expected two or more: one to train on, one to test')
+    if few: raise ValueError(f'found only one image of {few}, expected two or more, at least one to train on and one to test on; add images')
     train, test = {}, {}
     for k, name in enumerate(files):
         order = np.random.default_rng((seed, k)).permutation(len(files[name]))

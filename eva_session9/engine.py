@@ -85,7 +85,8 @@ def forward(model: nn.Module, # any classifier
             precision: str    # 'fp32' or 'bf16'
            ) -> Tensor:       # logits, float32 (B, K)
     "The model's logits; 'bf16' means bfloat16 autocast and channels-last input. Another precision, or an output that is not (B, K), raises `ValueError`."
-    if precision not in ('fp32', 'bf16'): raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16', as `History.precision` has it")
+    if precision not in ('fp32', 'bf16'):
+        raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16'; after `fit`, pass `history.precision`")
     if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): logits = model(x)
     if isinstance(logits, Tensor) and logits.ndim == 2: return logits.float()
@@ -125,7 +126,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
     return Scores(loss / n, correct / n)
 
 # %% ../nbs/06_engine.ipynb #d7ab70c0
-_NO_BATCHES = 'there are no batches to train on; the set is empty, or smaller than one batch with drop_last'
+_NO_BATCHES = 'there are no batches to train on; the set is empty, smaller than one batch with drop_last, or its batches can be read only once'
 
 def _begun(batches, label):
     "One pass over the batches with a progress bar. Begun here, since `tqdm.auto` would begin it twice, workers included."
@@ -160,11 +161,11 @@ def _pair(batch, device):
 def _where(error, batches, step):
     "The error's message with the step, and the images of its batch where the loader knows them."
     images = f', images {batches.indices(step)}' if hasattr(batches, 'indices') else ''
-    return f'{error}, step {step}{images}; lower the learning rate or look at these images'
+    return f'{error}, step {step}{images}; lower the learning rate or check the images of this step'
 
 def _too_large(device, batch_size):
     "What to say when the memory of `device` cannot hold a step."
-    if batch_size == 1: return f'one image is too many for the memory of {device}; use a smaller network or smaller images'
+    if batch_size == 1: return f'one image does not fit into the memory of {device}; use a smaller network or smaller images'
     return f'a batch of {batch_size} images does not fit into the memory of {device}; try batch_size={batch_size // 2}'
 
 # %% ../nbs/06_engine.ipynb #1fae09bc
@@ -177,16 +178,24 @@ class Evaluation:
     def __post_init__(self):
         if not len(self.labels): return
         least, most, k = self.labels.min().item(), self.labels.max().item(), self.logits.shape[1]
-        if least < 0 or most >= k: raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} outputs')
+        if least < 0 or most >= k: raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} output{"s" * (k != 1)}')
 
     @property
-    def loss(self) -> float: return F.cross_entropy(self.logits, self.labels).item()
+    def loss(self) -> float:
+        "Mean cross-entropy over all images, nats."
+        return F.cross_entropy(self.logits, self.labels).item()
     @property
-    def predictions(self) -> Tensor: return self.logits.argmax(1)
+    def predictions(self) -> Tensor:
+        "The predicted class of each image, int64 (N,)."
+        return self.logits.argmax(1)
     @property
-    def confidence(self) -> Tensor: return self.logits.softmax(1).amax(1)
+    def confidence(self) -> Tensor:
+        "The probability of the predicted class of each image, float32 (N,)."
+        return self.logits.softmax(1).amax(1)
     @property
-    def accuracy(self) -> float: return (self.predictions == self.labels).double().mean().item()
+    def accuracy(self) -> float:
+        "Fraction of the images that are classified correctly."
+        return (self.predictions == self.labels).double().mean().item()
     @property
     def misclassified(self) -> Tensor:
         "Indices of the mistakes, the most confident first."
@@ -203,9 +212,9 @@ class Evaluation:
                ):
         "Raise `ValueError` unless the labels of `images` are those of the evaluation, in the same order."
         if len(self.labels) != len(images):
-            raise ValueError(f'the evaluation is of {len(self.labels)} images, the set has {len(images)}')
+            raise ValueError(f'the evaluation is of {len(self.labels)} images, the set has {len(images)}; test the model on this set')
         if self.labels.tolist() != images.labels.tolist():
-            raise ValueError("the evaluation's labels are not those of the set in its order; test with shuffle=False")
+            raise ValueError("the evaluation's labels are not those of this set in its order; test with shuffle=False, on this set")
 
 # %% ../nbs/06_engine.ipynb #f6e1cbc6
 def test(model: nn.Module,        # on its device; its train flags are restored
@@ -225,7 +234,8 @@ def test(model: nn.Module,        # on its device; its train flags are restored
                 labels.append(y.cpu())
     finally:
         for module, flag in flags.items(): module.training = flag
-    if not labels: raise ValueError('there are no batches to test on; the set is empty, or the batches can be read only once')
+    if not labels: raise ValueError('there are no batches to test on; the set is empty, smaller than one batch with drop_last, '
+                                    'or its batches can be read only once')
     return Evaluation(torch.cat(logits), torch.cat(labels))
 test.__test__ = False  # pytest would take the name for a test
 
@@ -286,7 +296,7 @@ class History:
         "The record that `save` wrote. Another file raises `ValueError`."
         try: return cls.from_dict(json.loads(Path(path).read_text()))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{path}: is no record that `History.save` wrote ({error!r})') from error
+            raise ValueError(f'{path}: is not a record that `History.save` wrote ({error!r})') from error
 
     @classmethod
     def from_dict(cls, d: dict) -> 'History':
@@ -389,8 +399,8 @@ class Lookahead:
                  model: nn.Module, # is changed in place
                  every: int,       # steps between two updates of the slow weights
                  steps: int):      # of the whole run; fewer than `every` raise `ValueError`
-        if steps < every: raise ValueError(f'found an averaging every {every} steps in a run of {steps}, which would end as it began; '
-                                           'expected at least one; take smaller batches, more epochs, or lookahead=0')
+        if steps < every: raise ValueError(f'lookahead: found {every} in a run of {steps} step{"s" * (steps != 1)}, which would end as it began; '
+                                           f'expected at most {steps}; lower lookahead (0: none), or use smaller batches or more epochs')
         self.model, self.every, self.steps, self.done = model, every, steps, 0
         self.slow = {name: value.clone() for name, value in self._fast().items()}
 
@@ -422,7 +432,7 @@ def zero_gamma(model: nn.Module # changed in place
 
     Source: [Goyal et al. 2017](https://arxiv.org/abs/1706.02677), section 5.1."""
     blocks = [block for block in model.modules() if isinstance(block, BasicBlock | Bottleneck)]
-    if not blocks: warnings.warn('zero_gamma: the model has no BasicBlock or Bottleneck of this library, so nothing of it begins as the identity')
+    if not blocks: warnings.warn('zero_gamma: the model has no BasicBlock or Bottleneck of this library, so zero_gamma has no effect')
     for block in blocks:
         last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
         if (last.weight == 1).all(): nn.init.zeros_(last.weight)
@@ -560,7 +570,8 @@ def _check_finite(model, epoch):
     finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()  # one answer to wait for
     broken = [name for name, fine in zip(values, finite) if not fine]
     if broken:
-        raise FloatingPointError(f'{broken[0]} is not finite after epoch {epoch + 1}; start again in another folder, with a lower learning rate')
+        raise FloatingPointError(f'{broken[0]} is not finite after epoch {epoch + 1}; start again with a lower learning rate, '
+                                 'in another folder if checkpoints are kept')
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
 def _step(one_step, parts, config, size):
@@ -606,7 +617,8 @@ class _Share:
     def __iter__(self):
         for batch in self.batches:
             x, y = _pair(batch, self.device)
-            if len(y) < self.n: raise ValueError(f'a batch of {len(y)} images cannot be shared by {self.n} processes; start fewer, or leave it out')
+            if len(y) < self.n: raise ValueError(f'images in a batch: found {len(y)} for {self.n} processes, expected at least {self.n}; '
+                                                 'start fewer processes, or leave out this batch (drop_last)')
             yield x[self.place::self.n], y[self.place::self.n]
 
 def _shared(batches, model):
@@ -635,11 +647,13 @@ def _check_shares(batches, config):
     n = _place()[1]
     if n == 1: return
     if isinstance(getattr(batches, 'sampler', None), DistributedSampler):
-        raise ValueError('train_batches: found a DistributedSampler, but every batch is shared here; leave it out')
+        raise ValueError('train_batches: found a DistributedSampler, expected none, as `fit` divides every batch among the processes; '
+                         'leave it out')
     if config.batch_size % n: raise ValueError(f'batch_size: found {config.batch_size} for {n} processes, expected a multiple of {n}')
     if not hasattr(batches, 'indices'): return
     last = len(batches.dataset) - (len(batches) - 1) * batches.batch_size
-    if last < n: raise ValueError(f'the last batch has {last} images for {n} processes; add or take away some images, or drop it (drop_last)')
+    if last < n: raise ValueError(f'images in the last batch: found {last} for {n} processes, expected at least {n}; '
+                                  'add or remove some images, or leave out this batch (drop_last)')
 
 def _agree(model):
     "Give all processes the buffers of the first; gradients, and so weights, are the same already."
@@ -669,13 +683,14 @@ def _check_test_batches(batches):
 def _check_batches(batches, config):
     "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
-    if not hasattr(batches, '__len__'): raise TypeError(f'{type(batches).__name__} has no length; pass a list or a loader')
+    if not hasattr(batches, '__len__'): raise TypeError(f'training batches: {type(batches).__name__} has no length; '
+                                                        'pass a list or a loader of (x, y)')
     if not len(batches): raise ValueError(_NO_BATCHES)
     if not hasattr(batches, 'indices'): return  # not of this library, so their seed is not known
     found, expected = (batches.batch_size, batches.dataset.seed), (config.batch_size, config.seed)
     if found != expected:
         raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '
-                         'make the batches from the recipe, or the recipe with `replace`'.format(*found, *expected))
+                         'make the batches from the recipe, or change the recipe with `dataclasses.replace`'.format(*found, *expected))
 
 def _check_classes(model, batches):
     "Raise for labels that the model has no output for: on a GPU, they would end the process's work there."
@@ -716,7 +731,8 @@ def _settled(precision, model, batches, device):
     enough = 32 if device.type == 'cpu' else None  # images; fewer than a whole batch say nothing of a GPU
     x, y = (part[:enough] for part in _pair(next(iter(batches)), device))
     try: return faster_precision(model, x, y)
-    except FloatingPointError as error: raise FloatingPointError(_where(error, batches, 0)) from error
+    except FloatingPointError as error:
+        raise FloatingPointError('the loss is not finite before the first step; check the images of the first batch and the weights') from error
     except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
 
 def _data(batches):
@@ -747,7 +763,7 @@ def _read_run(out):
         if missing: raise ValueError(f"it lacks {', '.join(missing)}")
         return History.from_dict(state['history']), state
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f'{out}: the newest checkpoint is not of a run that this version can go on with ({error}); resume it with '
+        raise CheckpointError(f'{out}: the newest checkpoint cannot be resumed by this version ({type(error).__name__}: {error}); resume it with '
                               'the version that wrote it, or choose another folder') from error
 
 def _restore(parts, state, out):
@@ -765,15 +781,15 @@ def _same_run(history, config, state, batches, out):
     changed = [f'{name} was {before[name]!r}, is {now[name]!r}' for name in now if before[name] != now[name]]
     was = state['data']
     changed += [f'{name} were {was[name]}, are {here}' for name, here in _data(batches).items() if was[name] != here]
-    if changed: raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder, or go back to what was")
+    if changed: raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder, or use the earlier values")
 
 def _same_machine(history, state, device):
     "Warn where sums may be rounded otherwise than before."
-    pairs = [(state['threads'], torch.get_num_threads()), (history.hardware, _machine(device)),
-             (history.versions['torch'], versions()['torch'])]
-    for was, now in pairs:
+    pairs = [('number of threads', state['threads'], torch.get_num_threads()), ('hardware', history.hardware, _machine(device)),
+             ('PyTorch', history.versions['torch'], versions()['torch'])]
+    for what, was, now in pairs:
         if was == now: continue
-        warnings.warn(f'begun with {was}, resumed with {now}: sums may be rounded otherwise, so the weights may not be '
+        warnings.warn(f'{what}: begun with {was}, resumed with {now}; sums may be rounded differently, so the weights may not be '
                       'byte-identical to those of an uninterrupted run')
 
 # %% ../nbs/06_engine.ipynb #ed3877bd
@@ -786,7 +802,8 @@ def distributed() -> Iterator[int]:
     if 'TORCHELASTIC_RUN_ID' not in os.environ: return (yield 0)
     if _together is not False: raise RuntimeError('distributed() was entered before; put all of the training into one block')
     gpus, place = torch.cuda.device_count(), int(os.environ['LOCAL_RANK'])
-    if 0 < gpus <= place: raise ValueError(f'found {gpus} GPUs for {os.environ["LOCAL_WORLD_SIZE"]} processes, expected one for each')
+    if 0 < gpus <= place: raise ValueError(f'GPUs: found {gpus} for {os.environ["LOCAL_WORLD_SIZE"]} processes, expected one for each; '
+                                           f'start at most {gpus} here')
     if gpus: torch.cuda.set_device(place)
     dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
     _together = True

@@ -57,7 +57,7 @@ class LRCurve:
 
     def __post_init__(self):
         if len(self.lrs) != len(self.losses):
-            raise ValueError(f'LRCurve: found {len(self.lrs)} learning rates and {len(self.losses)} losses, expected as many of one as of the other')
+            raise ValueError(f'LRCurve: found {len(self.lrs)} learning rates and {len(self.losses)} losses, expected equally many')
         if not all(map(math.isfinite, self.losses)): raise ValueError('LRCurve: found a loss that is not finite, expected a curve that ends before it')
 
 # %% ../nbs/07_lr_finder.ipynb #6afcf2bd
@@ -78,14 +78,14 @@ def _fitted(curve):
 def _unreadable(curve):
     "Why no learning rate can be read from the curve; empty where one can."
     if len(curve.lrs) < _FEWEST:
-        return f'only {len(curve.lrs)} points ({curve.stopped}), expected {_FEWEST} or more: raise `steps`, or lower `start`'
+        return f'only {len(curve.lrs)} point{"s" * (len(curve.lrs) != 1)} ({curve.stopped}), expected {_FEWEST} or more: raise `steps`, or lower `start`'
     if (span := curve.lrs[-1] / curve.lrs[0]) < 10:
-        return f'the learning rate rises by a factor of {span:.2g}, expected 10 or more: lower `start`, or raise `end`'
+        return f'the learning rate rises by a factor of {span:.2g}, expected 10 or more: lower `start`' + ', or raise `end`' * (curve.stopped == 'finished')
     smooth, _, error, inner = _fitted(curve)
     low = inner[smooth[inner].argmin()]
     fall = smooth[:low + 1].max() - smooth[low]
     if fall > _CLEAR * error: return ''
-    return f'the loss falls by {fall:.2g}, which its noise alone could do: raise `steps` or the batch size'
+    return f'the loss falls by {fall:.2g}, which noise alone could explain: raise `steps` or the batch size'
 
 # %% ../nbs/07_lr_finder.ipynb #ee0b6550
 @patch(as_prop=True)
@@ -119,9 +119,11 @@ def caveats(self: LRCurve) -> list[str]:
     "Reasons to look at the curve before trusting it; `find_lr` issues each as a warning."
     if reason := _unreadable(self): return [reason]
     found, values = [], self.suggestions.values()
-    if len(self.lrs) < 3 * _FEWEST: found.append(f'{len(self.lrs)} points are few: raise `steps`')
+    if len(self.lrs) < 3 * _FEWEST: found.append(f'{len(self.lrs)} points are few, {3 * _FEWEST} or more are better: raise `steps`')
     smooth, _, _, inner = _fitted(self)
-    if smooth[inner].argmin() == len(inner) - 1: found.append(f'the loss still falls at the end of the range, {self.lrs[-1]:.2g}: raise `end`')
+    if smooth[inner].argmin() == len(inner) - 1:
+        advice = 'raise `end`' if self.stopped == 'finished' else f'the sweep ended there ({self.stopped}); raise `steps` to see the minimum'
+        found.append(f'the loss still falls at the end of the range, {self.lrs[-1]:.2g}: {advice}')
     if (spread := max(values) / min(values)) > 10:
         listed = ', '.join(f'{name} {lr:.2g}' for name, lr in self.suggestions.items())
         found.append(f'the suggestions differ by a factor of {spread:.0f} ({listed}): try two or three of them')
@@ -151,7 +153,7 @@ def load(cls: LRCurve, path: str | Path # that `save` wrote
         ) -> LRCurve:
     "The curve in a file. Another file raises `ValueError`."
     try: return cls.from_dict(json.loads(Path(path).read_text()))
-    except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path}: is no curve that `LRCurve.save` wrote ({error!r})') from error
+    except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path}: is not a curve that `LRCurve.save` wrote ({error!r})') from error
 
 # %% ../nbs/07_lr_finder.ipynb #c95b1cb5
 def _twins(model, optimizer, config, device):
@@ -224,7 +226,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device, config):
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
 
-_FROM_THE_START = 'the loss is no number before any step: look at the images and the weights, not at the learning rate'
+_FROM_THE_START = 'the loss is not finite before the first step: check the images and the weights, not the learning rate'
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
@@ -264,5 +266,5 @@ def _check(batches, config, start, end, steps):
     if not isinstance(batches, Iterable): raise TypeError(f'batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
     if isinstance(batches, Iterator):
         raise ValueError(f'batches: found a {type(batches).__name__}, which can be read only once; pass a list or a loader')
-    if not 0 < start < end < math.inf: raise ValueError(f'found start {start} and end {end}, expected 0 < start < end')
+    if not 0 < start < end < math.inf: raise ValueError(f'found start {start} and end {end}, expected 0 < start < end, both finite')
     if steps < _FEWEST: raise ValueError(f'steps: found {steps}, expected {_FEWEST} or more')

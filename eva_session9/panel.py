@@ -238,7 +238,8 @@ class Evidence(CAM):
                 ) -> dict[str, Tensor]:
         "Keep layer -> activation (1, C, h, w) and gradients (K, C, h, w); the returned maps are placeholders."
         for name, activation in seen.activations.items():
-            if len(activation) != len(seen.logits): raise ValueError(f'layer {name!r} runs before the first one named')
+            if len(activation) != len(seen.logits): raise ValueError(f'layer {name!r} runs before the first one named; '
+                                                                     'name them in the order in which they run')
         found = list(gradients(seen))
         self.kept = {name: (activation[:1], torch.cat([per_layer[name] for per_layer in found]))
                      for name, activation in seen.activations.items()}
@@ -401,7 +402,7 @@ def thumbnail_label(index: int,             # of the image
 def question(view: View, picked: Picked, classes: Sequence[str]) -> str:
     "Title of the heatmaps: the method and the class explained."
     if view.difference:
-        return (f'{view.method}: red speaks for {classes[picked.predicted]}, the predicted class, '
+        return (f'{view.method}: red is evidence for {classes[picked.predicted]}, the predicted class, '
                 f'blue for {classes[picked.true]}, the true class')
     k = explained_class(view, picked)
     own = ', the predicted class' if k == picked.predicted else ', the true class' if k == picked.true else ''
@@ -413,9 +414,9 @@ def obstacle(view: View, picked: Picked) -> str:
     if (view.difference or view.explain == 'predicted') and picked.predicted < 0:
         return f'{picked.name}: the logits are not finite, so no class is predicted. Choose a class.'
     if (view.difference or view.explain == 'true') and picked.true < 0:
-        return f'{picked.name}: the true class is not known to the model. Choose another class.'
+        return f'{picked.name}: the true class is not known{" to the model" if picked.label else ""}. Choose another class.'
     if view.difference and picked.predicted == picked.true:
-        return f'{picked.name} is predicted as what it is, so predicted minus true is nothing.'
+        return f'{picked.name}: the predicted class is the true class, so predicted minus true is zero. Choose a class.'
     return ''
 
 # %% ../nbs/10_panel.ipynb #e6cdba7f
@@ -499,7 +500,7 @@ class Explorer:
     def note(self) -> str:
         "Note shown on every page, on classes that the model does not have; '' if none."
         strange = [name for name in self.images.classes if name not in self.classes]
-        return f'The model has no class {", ".join(strange)}; images of it count as wrong. ' if strange else ''
+        return f'The model has no class {", ".join(strange)}; such images count as misclassified. ' if strange else ''
 
 # %% ../nbs/10_panel.ipynb #76ab4faf
 def _statistics(model, mean, std):
@@ -647,9 +648,9 @@ def _failure(method, error): return f'{method} failed with {type(error).__name__
 
 def nothing(view: View, classes: Sequence[str]) -> str:
     "Message for a view that lists no images."
-    what = {'wrong': 'misclassified image', 'right': 'rightly classified image', 'all': 'image'}[view.show]
+    what = {'wrong': 'misclassified image', 'right': 'correctly classified image', 'all': 'image'}[view.show]
     asked = [f'of class {classes[view.true]}'] if view.true != 'any' else []
-    if view.predicted != 'any': asked.append(f'taken for {classes[view.predicted]}')
+    if view.predicted != 'any': asked.append(f'predicted as {classes[view.predicted]}')
     if view.confidence != (0, 1): asked.append('with a confidence of {:.0%} to {:.0%}'.format(*view.confidence))
     return ' '.join([f'No {what}', *asked]) + '. Choose other filters.'
 
@@ -670,8 +671,8 @@ def default_source() -> tuple[str, Path | None]:
     if (cache/'cifar-10-batches-py').is_dir(): return 'cifar10', None
     run = newest_run()
     if run: return 'shapes', run
-    raise FileNotFoundError(f'no CIFAR-10 in {cache}, and no model trained on shapes in a folder of {Path.cwd()}; '
-                            'run `eva9_train --data shapes` here, or give a model and images')
+    raise FileNotFoundError(f'no CIFAR-10 in {cache}, and no model trained on shapes in a subfolder of {Path.cwd()}; '
+                            'run `eva9_train --data shapes` here, or give the data (eva9_panel --data), or a model and images (HeatmapPanel)')
 
 def default_model_and_images() -> tuple[nn.Module, ImageSet]:
     "The model and the test images that `default_source` names."
@@ -792,7 +793,7 @@ class HeatmapPanel:
                  evaluation: Evaluation | None = None,    # of the model on these images
                  mean: Sequence[float] | None = None,     # of each channel, in [0, 1] units; None: that of `model.card`
                  std: Sequence[float] | None = None):     # of each channel, in [0, 1] units; None: that of `model.card`
-        if images is None and model is not None: raise ValueError('a model is given, but no images to browse')
+        if images is None and model is not None: raise ValueError('a model is given, but no images to browse; pass images=')
         if images is None: model, images = default_model_and_images()
         self.explorer = Explorer(pretrained() if model is None else model, images, evaluation, mean, std)
         self.lock, self.notice = RLock(), ''
@@ -985,7 +986,7 @@ def _draw_list(self: HeatmapPanel):
     e, size = self.explorer, COLUMNS * ROWS
     listed = select(self.view, e.table)
     place, first = self.view.place, (self.view.place - 1) // size * size
-    self.count.value = f'{len(listed):,} images'
+    self.count.value = f'{len(listed):,} image{"s" * (len(listed) != 1)}'
     _set_number(self.controls['place'], place, len(listed))
     _set_number(self.page_number, first // size + 1, -(-len(listed) // size))
     shown = listed[first:first + size]
@@ -1005,7 +1006,7 @@ def _set_options(radio, options):
 @patch
 def _draw_page(self: HeatmapPanel, page):
     "Messages, pictures and captions."
-    waiting = 'The images are being classified; until then none has a prediction. ' if self.classifying else ''
+    waiting = 'The images are being classified; until this is done, the list has no predictions. ' if self.classifying else ''
     self._say(self.notice + waiting + page.message)
     self.title.value, self.saved.value = escape(page.title), ''
     for box, (picture, caption) in zip(self.pictures, page.pictures):

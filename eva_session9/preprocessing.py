@@ -50,7 +50,8 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
     return torch.stack([transform(image=image)['image'] for image in images])
 
 def _normalized(mean, std):
-    if not all(s > 0 for s in std): raise ValueError(f'std: found {tuple(std)}, expected more than 0; a channel with one value all over shows nothing')
+    if not all(s > 0 for s in std): raise ValueError(f'std: found {tuple(std)}, expected more than 0; '
+                                                     'a channel whose pixels are all equal cannot be normalised')
     return [A.Normalize(mean=mean, std=std), ToTensorV2()]
 
 # %% ../nbs/02_preprocessing.ipynb #bcedc1c5
@@ -60,7 +61,8 @@ def train_transforms(mean: tuple[float, ...],  # of each channel, in [0, 1] unit
                      size: int | None = None   # pixels a side of the images; needed by a recipe with a crop
                     ) -> A.Compose:
     "Rotation, flip, random crop and cutout as `config` says, then Normalize and ToTensorV2. A crop without `size`, or a cutout above it, raises `ValueError`."
-    if size is not None and config.cutout > size: raise ValueError(f'Config.cutout: found {config.cutout}, expected at most {size}, the pixels a side')
+    if size is not None and config.cutout > size: raise ValueError(f'Config.cutout: found {config.cutout}, expected at most {size}, '
+                                                                   'the shorter side of the images in pixels; lower cutout or use larger images')
     fill = tuple(round(255 * m) for m in mean)
     rotate = A.Rotate(limit=(-config.rotate, config.rotate), border_mode=cv2.BORDER_REFLECT_101, p=config.rotate_p)
     cutout = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(config.cutout,) * 2,
@@ -75,7 +77,7 @@ def train_transforms(mean: tuple[float, ...],  # of each channel, in [0, 1] unit
 # %% ../nbs/02_preprocessing.ipynb #d68dadc3
 def _shifted(size, border):
     "A random crop of the image's own size, which may reach `border` pixels into its reflection."
-    if size is None: raise ValueError(f'a recipe with crop={border} needs the size of the images; pass size=, their pixels a side')
+    if size is None: raise ValueError(f'a recipe with crop={border} needs the size of the images; pass size=, their side in pixels')
     whole = size + 2 * border
     return [A.PadIfNeeded(min_height=whole, min_width=whole, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(size, size)]
 
@@ -267,7 +269,8 @@ class AlternatingFlipTwin(FlipTwin):
 def _corners(top, left, size, box):
     "Row and column of the corner of a box that lies anywhere in an image, int64 (B, 2); from numbers in [0, 1)."
     room = [whole - part + 1 for whole, part in zip(size, box)]
-    if min(room) < 1: raise ValueError(f'found images of {size[0]} x {size[1]} pixels, expected at least {box[0]} x {box[1]}')
+    if min(room) < 1: raise ValueError(f'found images of {size[0]} x {size[1]} pixels, expected at least {box[0]} x {box[1]}, '
+                                       'the size of the hole or crop; make that smaller or use larger images')
     return torch.stack([(top * room[0]).long(), (left * room[1]).long()], 1)
 
 # %% ../nbs/02_preprocessing.ipynb #dd51e1d1
@@ -310,7 +313,8 @@ class PadTwin(Twin):
 def _reflected(images, dim, padded):
     "The images with a border along `dim` that is their own edge, flipped, `padded` pixels in all."
     n = images.shape[dim]
-    if padded > 3 * n - 2: raise ValueError(f'PadIfNeeded: {n} pixels cannot be reflected to {padded}, expected at most {3 * n - 2}')
+    if padded > 3 * n - 2: raise ValueError(f'PadIfNeeded: {n} pixels cannot be reflected to {padded}, expected at most {3 * n - 2}; '
+                                            'lower the crop or use larger images')
     before, after = (padded - n) // 2, padded - n - (padded - n) // 2
     borders = images.narrow(dim, 1, before).flip(dim), images.narrow(dim, n - 1 - after, after).flip(dim)
     return torch.cat([borders[0], images, borders[1]], dim)
@@ -399,7 +403,7 @@ class BatchedDataset:
 def _twins(transform, device):
     "The twins of a declaration, in its order."
     _check_transform(transform, A.Compose)
-    if transform.p != 1: raise ValueError(f'Compose has batched twins only for p=1, found {transform.p}')
+    if transform.p != 1: raise ValueError(f'Compose has batched twins only for p=1, found {transform.p}; use `loader` for others')
     names = [type(t).__name__ for t in transform.transforms]
     if names[-2:] != ['Normalize', 'ToTensorV2'] or 'Normalize' in names[:-2]:
         raise ValueError(f"found {', '.join(names) or 'no transforms'}; expected Normalize and ToTensorV2 at the end, and only there")
@@ -417,7 +421,7 @@ class Batches(Keyed):
                  shuffle: bool = True,     # a new order each epoch
                  drop_last: bool = False): # leave out the last batch where it is smaller
         whole, n = len(images) // max(batch_size, 1), len(images)
-        if batch_size < 1 or drop_last and not whole: raise ValueError(f'batch_size: found {batch_size}, expected 1 to {n} (the images)')
+        if batch_size < 1 or drop_last and not whole: raise ValueError(f'batch_size: found {batch_size}, expected 1 to {n}, the number of images')
         self.device, self.batch_size = pick_device(device), batch_size
         self.dataset, self.sampler = BatchedDataset(images, transform, seed, self.device), KeyedSampler(n, seed, shuffle)
         self.length = whole if drop_last else -(-n // batch_size)
@@ -460,7 +464,8 @@ def _check_sets(config, train_set, test_set):
     for images in (train_set, test_set):
         height, width = images.images.shape[1:3]
         if height != width and (config.crop or config.sizes):
-            raise ValueError(f'found images of {height} x {width} pixels, expected squares, as the recipe has a crop or sizes; `fit_square` makes them')
+            raise ValueError(f'found images of {height} x {width} pixels, expected squares, as the recipe has a crop or sizes; '
+                             'crop them with `data.fit_square`')
     if train_set.classes == test_set.classes: return
     first = next(pair for pair in zip_longest(train_set.classes, test_set.classes) if pair[0] != pair[1])
     raise ValueError('classes: found {!r} in the training set where the test set has {!r}, expected the same in the same order'.format(*first))

@@ -75,7 +75,9 @@ def _check_card(card, model):
     if name not in ARCHITECTURES: raise ValueError(f"card: found architecture {name!r}, expected one of {', '.join(ARCHITECTURES)}")
     with torch.device('meta'): expected = make_model(name, k)
     shapes, found = ({key: value.shape for key, value in m.state_dict().items()} for m in (expected, model))
-    if found != shapes: raise ValueError(f'the model is no {name} with {k} classes, as its card says; correct the card, or save the network inside a wrapper')
+    if found != shapes: raise ValueError(f'card: found {name!r} with {k} class{"es" * (k != 1)}, '
+                                         'but the weights of the model have other names or '
+                                         'shapes; correct the card, or if the model is a wrapper (such as of torch.compile), pass the network in it')
 
 # %% ../nbs/05_save_load.ipynb #40dcc0fe
 def load_model(path: str | Path # of the weights; the card is beside them
@@ -92,7 +94,8 @@ def load_model(path: str | Path # of the weights; the card is beside them
     except FileNotFoundError as error:
         raise CheckpointError(f'{error.filename}: no such file; `save_model` writes weights and card, NAME.safetensors and NAME.json: keep both together') from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f'{path}: not a model that `save_model` wrote ({error})') from error
+        raise CheckpointError(f'{path}: not a model that `save_model` wrote ({type(error).__name__}: {error}); give the .safetensors file, '
+                              'with its card beside it') from error
     model.card = card
     return model.eval()
 
@@ -102,7 +105,8 @@ def pretrained(num_classes: int | None = None # number of your own classes: the 
     "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card holds its recipe and test accuracy."
     model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
     if num_classes is not None:
-        if not isinstance(num_classes, int) or num_classes < 1: raise ValueError(f'num_classes: found {num_classes!r}, expected 1 or more')
+        if not isinstance(num_classes, int) or num_classes < 1: raise ValueError(f'num_classes: found {num_classes!r}, '
+                                                                                 'expected a whole number of 1 or more')
         model.fc = nn.Linear(model.fc.in_features, num_classes)
         del model.card
     return model
@@ -137,19 +141,21 @@ def load_checkpoint(path: str | Path # a checkpoint file, or the folder of a run
     path = Path(path)
     if not path.is_dir(): return _read(path.with_suffix('.json') if path.suffix == '.pt' else path)
     found = checkpoints(path)
-    if not found: raise CheckpointError(f'{path}: holds no finished checkpoint')
+    if not found: raise CheckpointError(f'{path}: holds no finished checkpoint; '
+                                        'give the folder passed to `fit` as out= (for eva9_train: OUT/checkpoints)')
     for manifest in reversed(found):
         try: return _read(manifest)
-        except CheckpointError as error: damage = error; warnings.warn(f'{error}; trying the one before')
-    raise CheckpointError(f'{path}: none of its {len(found)} checkpoints can be used') from damage
+        except CheckpointError as error: damage = error; warnings.warn(f'{error}; trying the one before, if there is one')
+    raise CheckpointError(f'{path}: none of its checkpoints ({len(found)}) can be used; start again in another folder') from damage
 
 def _read(manifest):
     "The state that `manifest` vouches for."
     try:
         expected, blob = json.loads(manifest.read_text()), manifest.with_suffix('.pt').read_bytes()
-        if expected['schema'] != 1: raise CheckpointError(f'{manifest}: schema {expected["schema"]}, expected 1; a newer version wrote it')
+        if expected['schema'] != 1: raise CheckpointError(f'{manifest}: found schema {expected["schema"]}, expected 1; '
+                                                          'a newer version wrote it, so read it with that version')
         if hashlib.sha256(blob).hexdigest() != expected['sha256']:
             raise CheckpointError(f'{manifest.with_suffix(".pt")}: damaged (sha256 differs from its manifest)')
         return torch.load(io.BytesIO(blob), weights_only=True, map_location='cpu')
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
-        raise CheckpointError(f'{manifest}: unreadable ({error})') from error
+        raise CheckpointError(f'{manifest}: unreadable ({type(error).__name__}: {error})') from error

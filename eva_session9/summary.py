@@ -26,7 +26,8 @@ def summary(model: nn.Module,                       # any network for images
             size: tuple[int, int, int] = (3, 32, 32) # channels, height and width of one image
            ) -> torchinfo.ModelStatistics: # prints as a table; `.total_params`, `.total_mult_adds`
     "Output shape, parameters and multiply-adds of every layer, to nesting depth 4. An image too large for memory raises `MemoryError`."
-    if len(size) != 3 or min(size) < 1: raise ValueError(f'size: found {size}, expected (channels, height, width), such as (3, 32, 32)')
+    if len(size) != 3 or min(size) < 1: raise ValueError(f'size: found {size}, expected (channels, height, width), each at least 1, '
+                                                         'such as (3, 32, 32)')
     p = next(model.parameters())
     flags = {module: module.training for module in model.modules()}
     try: table = torchinfo.summary(model, input_data=torch.zeros(1, *size, dtype=p.dtype, device=p.device), device=p.device, depth=4, verbose=0,

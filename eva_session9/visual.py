@@ -107,7 +107,7 @@ def plot_samples(images: ImageSet,      # at most `MAX_TILES`; choose with `.sub
                 ) -> Picture:
     "Every image of the set with its class. More than `MAX_TILES` images raise `ValueError`."
     if len(images) > MAX_TILES:
-        raise ValueError(f'{len(images):,} images do not fit one figure; choose some: images.subset(range(20))')
+        raise ValueError(f'{len(images):,} images do not fit one figure, which holds at most {MAX_TILES}; choose some: images.subset(range(20))')
     return _tiles(title, images.images, [images.classes[label] for label in images.labels])
 
 # %% ../nbs/09_visual.ipynb #20fb056f
@@ -149,7 +149,7 @@ def _plot_measure(axes, epochs, key, scale, form):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for split, colour in (('train', _BLUE), ('test', _VERMILLION)):
         points = [(e['epoch'], scale * e[f'{split}_{key}']) for e in epochs if f'{split}_{key}' in e]
-        if points: axes.plot(*zip(*points), '.-', color=colour, label=f'{split}, at last {form.format(points[-1][1])}')
+        if points: axes.plot(*zip(*points), '.-', color=colour, label=f'{split}, last {form.format(points[-1][1])}')
     _mark_drops(axes, epochs)
     _legend(axes)
 
@@ -272,11 +272,11 @@ def plot_heatmaps(images: np.ndarray,                # the images explained, uin
 def _check_rows(images, maps, labels):
     "Raise unless a row can be drawn for each image."
     n, across = len(images), maps.shape[1] + 1
-    expected = (n, maps.shape[1], *images.shape[1:3])
+    expected = (n, maps.shape[-3], *images.shape[1:3])
     if maps.shape != expected:
         raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, '
-                         f"expected {expected}; of target='all' choose one class, as `heatmaps.of(0)` does")
-    if len(labels) not in (0, n): raise ValueError(f'plot_heatmaps: found {len(labels)} labels for {n} images')
+                         f"expected {expected}; if they were made with target='all', choose one class, such as `heatmaps.of(0)`")
+    if len(labels) not in (0, n): raise ValueError(f'plot_heatmaps: found {len(labels)} labels for {n} images, expected one for each, or none')
     if n * across > MAX_TILES:
         raise ValueError(f'plot_heatmaps: {n:,} images and {across - 1} layers do not fit one figure; draw at most {MAX_TILES // across} images at a time')
 
@@ -300,7 +300,7 @@ def plot_misclassified(images: ImageSet,        # the test set
     labels = [_verdict(images.classes, evaluation, index) for index in wrong[:n].tolist()]
     if heatmaps.target is not None:
         labels = [f'{label}\nmaps: {images.classes[k]}' for label, k in zip(labels, heatmaps.target.tolist())]
-    title = f'The {n} most confident of {len(wrong):,} mistakes'
+    title = f'The {n} most confident of {len(wrong):,} mistakes' if n > 1 else f'The most confident mistake, of {len(wrong):,} in all'
     return plot_heatmaps(images.subset(wrong[:n]).images, heatmaps, labels, title, alpha, cmap)
 
 # %% ../nbs/09_visual.ipynb #97521fa1
@@ -313,8 +313,8 @@ def _same_images(explained, evaluated):
     "Raise unless both logits are of the same images. They may have been computed at different precisions."
     same = explained.shape == evaluated.shape and ((explained - evaluated).norm(dim=1) < 0.1 * evaluated.norm(dim=1)).all()
     if not same:
-        raise ValueError(f'the heatmaps are not of the first {len(explained)} mistakes; '
-                         'explain the images at evaluation.misclassified[:n], in this order')
+        raise ValueError(f'the heatmaps are not of the images evaluation.misclassified[:{len(explained)}], or not of the model '
+                         'that was evaluated; explain these images, in this order, with this model')
 
 # %% ../nbs/09_visual.ipynb #d7c116f4
 def plot_intervals(found: dict[str, dict[str, Sequence[float]]], # row -> series (at most four) -> (mean, lower bound, upper bound)

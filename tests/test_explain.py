@@ -107,7 +107,7 @@ def test_a_sheet_of_many_methods_and_layers_has_fewer_rows(tmp_path):
 
 @pytest.mark.parametrize('flags, said', [
     ({'method': 'GradCam'}, "found 'GradCam', expected one of CAM, GradCAM"),
-    ({'layers': 'layer9'}, "no layer 'layer9'; close to it: layer"),
+    ({'layers': 'layer9'}, "no layer 'layer9'; choose one of its layers, such as layer"),
     ({'method': 'CAM', 'layers': 'layer2'}, 'not followed by a spatial mean')])
 def test_wrong_flags_are_one_line(flags, said, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped: eva9_explain(PHOTOGRAPH, out=str(tmp_path / 'out'), **flags)
@@ -134,4 +134,4 @@ def test_a_model_without_mistakes_is_explained_too(mistakes, tmp_path, monkeypat
     assert not eva9_explain(weights=str(tmp_path / 'model.safetensors'), data='shapes', limit=12, out=str(tmp_path / 'out'))
     entries = explained(tmp_path / 'out')
     assert [entry['image'] for entry in entries] == [f'test image {i}' for i in (range(8) if not mistakes else (2, 1, 0))]
-    assert f'{mistakes} of 12 test images are misclassified' in capsys.readouterr().err
+    assert f'misclassified: {mistakes} of 12 test images' in capsys.readouterr().err

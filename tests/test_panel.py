@@ -189,7 +189,7 @@ def test_the_difference_is_predicted_minus_true(panel, model):
     difference = F.interpolate((raw[picked.predicted] - raw[picked.true])[None, None], (32, 32), mode='bilinear')[0, 0]
     heatmap = (1 + difference / difference.abs().max()) / 2  # zero is the middle of the scale
     assert abs(on_screen(panel)[3] - overlay(picked.pixels, heatmap, 1, 'RdBu_r').astype(int)).max() <= 2
-    assert 'red speaks for' in panel.title.value and 'raw from' in captions(panel)[3]
+    assert 'red is evidence for' in panel.title.value and 'raw from' in captions(panel)[3]
     panel.controls['explain'].value = 2
     assert not panel.controls['difference'].value and panel.title.value.startswith(f'GradCAM for {IMAGES.classes[2]}')
 
@@ -538,10 +538,10 @@ def empty_png(width, height):
 @pytest.mark.parametrize('name, content, reason', [
     ('big.png', partial(empty_png, 12_000, 12_000), 'big.png: 12000 x 12000 pixels'),
     ('heavy.png', partial(bytes, 32 * 2**20 + 1), 'heavy.png: has more than'),
-    ('notes.png', b'dear diary', 'notes.png: is no PNG, JPEG or WebP image'),
+    ('notes.png', b'dear diary', 'notes.png: is not a PNG, JPEG or WebP image'),
     ('cut.png', empty_png(64, 64)[:60], 'cut.png: is damaged'),
-    ('nothing.png', b'', 'nothing.png: is no PNG, JPEG or WebP image'),
-    ('animated.gif', b'GIF89a', 'animated.gif: is no PNG, JPEG or WebP image')])
+    ('nothing.png', b'', 'nothing.png: is not a PNG, JPEG or WebP image'),
+    ('animated.gif', b'GIF89a', 'animated.gif: is not a PNG, JPEG or WebP image')])
 def test_a_file_that_is_no_image_is_refused_by_name(panel, name, content, reason):
     before = on_screen(panel)
     upload(panel, name, content if isinstance(content, bytes) else content())
@@ -570,7 +570,7 @@ def test_an_image_of_ones_own_is_explained(panel, model, format):
 
 def test_an_empty_list_is_said_and_left_again(panel):
     choose(panel, confidence=(0, 0.01), predicted=2)
-    assert 'No misclassified image taken for' in said(panel) and panel.count.value == '0 images'
+    assert 'No misclassified image predicted as' in said(panel) and panel.count.value == '0 images'
     assert panel.row.children == () and panel.thumbs.options == ()
     panel.next.click()
     panel.save.click()

@@ -325,7 +325,7 @@ def test_an_empty_list_is_said_and_left_again(person):
 def test_files_good_and_bad(person):
     person.begins_again()
     person.opens('notes.png', b'dear diary')
-    person.reads('notes.png: is no PNG, JPEG or WebP image')
+    person.reads('notes.png: is not a PNG, JPEG or WebP image')
     person.sees()
     large = BytesIO()
     Image.new('1', (12_000, 12_000)).save(large, 'PNG')

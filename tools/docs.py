@@ -214,7 +214,7 @@ def main():
     quick_search()
     problems = [*warnings, *faults(SITE)]
     for problem in problems: print(problem, file=sys.stderr)
-    print(f'{len(list(SITE.glob("*.html")))} pages in {SITE.relative_to(ROOT)}, {len(problems)} problems')
+    print(f'{len(list(SITE.glob("*.html")))} pages in {SITE.relative_to(ROOT)}, {len(problems)} problem{"s" * (len(problems) != 1)}')
     return int(bool(problems))
 
 

@@ -30,7 +30,8 @@ parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache fol
 args = parser.parse_args()
 
 model, history, images = load_model(args.run / 'model.safetensors'), History.load(args.run / 'history.json'), cifar10(args.root)[1]
-if tuple(model.card['classes']) != images.classes: raise SystemExit(f'{args.run} knows other classes than CIFAR-10')
+if tuple(model.card['classes']) != images.classes: raise SystemExit(f'{args.run}: found a model of other classes, '
+                                                                    'expected those of CIFAR-10; train it with --data cifar10')
 card = {**model.card, 'hardware': history.hardware}
 shipped = args.run / 'shipped.safetensors'
 save_model(model, shipped, card, torch.float16)

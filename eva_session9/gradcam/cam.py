@@ -64,7 +64,9 @@ class Heatmaps:
     target: Tensor | None     # the classes explained: (N,), for 'all' (K,); None if `target` was a function
 
     @property
-    def layers(self) -> tuple[str, ...]: return tuple(self.raw)
+    def layers(self) -> tuple[str, ...]:
+        "Names of the layers, in the order of `maps`."
+        return tuple(self.raw)
 
     @property
     def grid(self) -> dict[str, tuple[int, int]]:
@@ -95,7 +97,8 @@ class Heatmaps:
     def of(self, k: int # class index; needs maps made with `target='all'`
           ) -> 'Heatmaps':
         "The maps for one class. Raises `ValueError` for an unknown class or without `target='all'`."
-        if any(raw.ndim != 4 for raw in self.raw.values()): raise ValueError("the maps are of one class an image already; only target='all' gives more")
+        if any(raw.ndim != 4 for raw in self.raw.values()):
+            raise ValueError("each image has the maps of one class only, so there is no other to choose; make the maps with target='all'")
         if k not in range(self.logits.shape[1]): raise ValueError(f'found class {k!r}, expected 0 to {self.logits.shape[1] - 1}')
         return replace(self, raw={name: raw[:, k].clone() for name, raw in self.raw.items()}, target=self.target.new_full(self.logits.shape[:1], k))
 
@@ -124,7 +127,7 @@ def find_layers(model: nn.Module,                                     # the netw
         name = layer if isinstance(layer, str) else _name_of(layer, modules)
         if name not in modules:
             close = get_close_matches(name, modules, n=3) or [name for name, _ in model.named_children()]
-            raise ValueError(f"the model has no layer {name!r}; close to it: {', '.join(close)}")
+            raise ValueError(f"the model has no layer {name!r}; choose one of its layers, such as {', '.join(close)}")
         if name in found: raise ValueError(f'layer {name!r} is asked for twice')
         found[name] = modules[name]
     if not found: raise ValueError('no layers: name at least one, such as the last convolutional stage')
@@ -163,7 +166,7 @@ def _class_index(name, classes):
     if classes is None: raise ValueError(f'class {name!r}: the model has no card with class names, so pass classes=[...]')
     if name in classes: return list(classes).index(name)
     close = get_close_matches(name, classes, n=3) or classes[:10]
-    raise ValueError(f"no class {name!r}; close to it: {', '.join(close)}")
+    raise ValueError(f"the model has no class {name!r}; choose one of its classes, such as {', '.join(close)}")
 
 def _as_index(target, device):
     "One index or several, as a tensor."
@@ -177,7 +180,7 @@ def _checked(index, n, k):
     "Class indices (N,) from one index or N of them."
     if index.ndim == 0: index = index.expand(n)
     if index.shape != (n,):
-        raise ValueError(f'target: found shape {tuple(index.shape)} for {n} images, expected one class or ({n},)')
+        raise ValueError(f'target: found shape {tuple(index.shape)} for {n} image{"s" * (n != 1)}, expected one class or ({n},)')
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f'target: found {index.dtype}, expected integer class indices')
     index = index.long()
@@ -191,7 +194,8 @@ def _scores(target, index, logits):
         scores = target(logits.clone())
         if not isinstance(scores, Tensor) or scores.shape != logits.shape[:1]:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f'target: the function gave {found} for {len(logits)} images, expected ({len(logits)},)')
+            raise ValueError(f'target: the function gave {found} for {len(logits)} image{"s" * (len(logits) != 1)}, '
+                             f'expected a score for each, ({len(logits)},)')
         return scores[:, None]
     return logits if _is_all(target) else logits.gather(1, index[:, None])
 
@@ -259,7 +263,8 @@ def _backward(seen, t):
         found = torch.autograd.grad(seen.scores, nodes, column, retain_graph=more, allow_unused=True)
     for name, gradient in zip(seen.nodes, found):
         if gradient is not None: continue
-        raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations')
+        raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations; choose another layer, '
+                         'or a method without gradients such as EigenCAM')
     return {name: _at_least_float32(gradient) for name, gradient in zip(seen.nodes, found)}
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #8732293e
@@ -319,7 +324,7 @@ def _run(model, layers, images, graph):
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
     with _hooked(hooks): logits = model(images.clone())  # which the model may change in place
     for name in layers:
-        if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain')
+        if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain; choose a layer that runs')
         for doubt in _doubts(runs[name], kept[name].shape[2:], images.shape[2:]): warnings.warn(f'layer {name!r} {doubt}', stacklevel=4)
     return _checked_logits(logits), {name: kept[name] for name in layers}, linear.get('last')
 
@@ -338,7 +343,7 @@ def _misshapen(grid, size):
 
 def _checked_images(images):
     "Images that a network can be run on outside inference mode."
-    expected = 'expected a float tensor (N, 3, H, W), normalised as in training'
+    expected = 'expected a float tensor (N, 3, H, W) of at least one image, normalised as in training'
     if not isinstance(images, Tensor): raise TypeError(f'images: found {type(images).__name__}, {expected}')
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(f'images: found {images.dtype} {tuple(images.shape)}, {expected}')

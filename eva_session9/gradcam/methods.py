@@ -73,7 +73,8 @@ class ClassActivationMap(GradientFreeCAM):
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         weight = linear_weight(seen, name)
         if weight is None:
-            raise ValueError(f'CAM: {name!r} is not followed by a spatial mean and the final linear layer; use GradCAM')
+            raise ValueError(f'CAM: {name!r} is not followed by a spatial mean and the final linear layer; '
+                             'choose the last convolutional layer, or use GradCAM')
         if seen.target is None: raise ValueError('CAM explains a class; for a function of the logits use GradCAM')
         weights = weight[None].expand(len(seen.images), -1, -1) if seen.all_classes else weight[seen.target][:, None]
         return weighted_sum(weights, seen.activations[name])
@@ -209,7 +210,8 @@ def ablated_logits(model: nn.Module,
         return _at_least_float32(seen.logits)[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
     before, n = _finished_before(model, layer, seen.images), len(node)
     if ((tail_logits(model, before, seen.images, node) - seen.logits).abs() > 0.01 * seen.logits.abs().max()).any():
-        raise ValueError(f'run again from {name!r}, the network gives other logits: is it random or stateful in eval mode?')
+        raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode; '
+                         'use another method')
     logits = _at_least_float32(seen.logits)[:, None].repeat(1, node.shape[1], 1)
     live = (node != 0).any(0).flatten(1).any(1).nonzero()[:, 0]
     for channels in live.split(max(1, batch_size // n)):

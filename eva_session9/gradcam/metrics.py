@@ -24,14 +24,15 @@ def ranks(maps: Tensor,     # (N, H, W)
           seed: int = 0     # for breaking ties
           ) -> Tensor:
     "The rank of each pixel in its map, int64 (N, H, W), 0 for the largest. A map with non-finite values raises `ValueError`."
-    if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): choose a layer, or fuse')
+    if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): choose a layer, such as maps[:, 0], '
+                                        'or take `Heatmaps.fuse()`')
     if not maps.isfinite().all(): raise ValueError(_NOT_FINITE)
     flat = maps.flatten(1)
     shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(maps.device)
     order = shuffled[flat[:, shuffled].argsort(dim=1, descending=True, stable=True)]
     return order.argsort(1).view_as(maps)
 
-_NOT_FINITE = 'maps: found values that are not finite; leave out maps by their status'
+_NOT_FINITE = 'maps: found values that are not finite; leave out the maps whose `Heatmaps.status` is NON_FINITE'
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #591b6fd3
 def centre_gaussian(images: Tensor,         # (N, 3, H, W)
@@ -74,7 +75,7 @@ def replacing(model: nn.Module,
 def _fitting(maps, images):
     "The maps on the device of the images, if they fit them."
     if maps.shape != (len(images), *images.shape[-2:]):
-        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(images.shape)}, expected one value a pixel')
+        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(images.shape)}, expected one value a pixel, {(len(images), *images.shape[-2:])}')
     if not maps.is_floating_point(): raise ValueError(f'maps: found {maps.dtype}, expected floats')
     return maps.to(images.device)
 
@@ -137,7 +138,7 @@ def conjugate_gradient(multiply,                 # function, linear on (N, C, H,
         x, residual = x + step * direction, residual - step * product
         before, size = size, squared(residual)
         direction = residual + ratio(size, before) * direction
-    raise ArithmeticError(f'no solution within {steps} steps')
+    raise ArithmeticError(f'no solution within {steps} steps; check that all values are finite, or raise `steps` or `tolerance`')
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #3e77153d
 def fill_in(images: Tensor,        # (N, C, H, W), normalised
@@ -146,7 +147,7 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
             seed: int = 0          # of the noise
             ) -> Tensor:
     "Noisy linear imputation: each removed pixel is the weighted mean of its eight neighbours, plus noise (Rong et al. 2022, section 4.2)."
-    if removed.flatten(1).all(1).any(): raise ValueError('removed: an image has no pixel left to fill in from')
+    if removed.flatten(1).all(1).any(): raise ValueError('removed: an image has no pixel left to fill in from; remove fewer pixels')
     unknown, dtype = removed[:, None], images.dtype
     images = images.to(torch.promote_types(dtype, torch.float32))
     def laplacian(x): return torch.where(unknown, present * x - _neighbours(x), 0)
@@ -277,7 +278,7 @@ def _redraw(module):
     "New values for the weights that the module itself holds."
     if hasattr(module, 'reset_parameters'): return module.reset_parameters()
     if next(module.parameters(recurse=False), None) is None: return
-    raise ValueError(f'{type(module).__name__} has weights, but no reset_parameters to draw new ones')
+    raise ValueError(f'{type(module).__name__} has weights, but no method reset_parameters to draw new ones; define it, or leave out this stage')
 
 @torch.no_grad
 def _estimate_statistics(model, stage, images):
