@@ -16,6 +16,7 @@ import gc
 import json
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import count, islice
 from operator import length_hint
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
@@ -33,6 +35,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 
@@ -87,7 +90,7 @@ def forward(model: nn.Module, # any classifier
     "The model's logits; 'bf16' means bfloat16 autocast and channels-last input. Another precision, or an output that is not (B, K), raises `ValueError`."
     if precision not in ('fp32', 'bf16'):
         raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16'; after `fit`, pass `history.precision`")
-    if precision == 'bf16': x = x.contiguous(memory_format=torch.channels_last)
+    if precision == 'bf16' and x.ndim == 4: x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): logits = model(x)
     if isinstance(logits, Tensor) and logits.ndim == 2: return logits.float()
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -158,9 +161,17 @@ def _pair(batch, device):
     found = ' and '.join(f'{part.dtype} {tuple(part.shape)}' if isinstance(part, Tensor) else type(part).__name__ for part in parts)
     raise TypeError(f'batches: found {found}, expected two tensors a batch: images, float (B, 3, H, W), and labels, int64 (B,)')
 
+def _ours(batches):
+    "Whether the batches are of this library, which can say what images are in each."
+    return callable(getattr(batches, 'indices', None))
+
+def _device(model):
+    "Where the model is."
+    return next((p.device for p in model.parameters()), torch.device('cpu'))
+
 def _where(error, batches, step):
     "The error's message with the step, and the images of its batch where the loader knows them."
-    images = f', images {batches.indices(step)}' if hasattr(batches, 'indices') else ''
+    images = f', images {batches.indices(step)}' if _ours(batches) else ''
     return f'{error}, step {step}{images}; lower the learning rate or check the images of this step'
 
 def _too_large(device, batch_size):
@@ -222,11 +233,11 @@ def test(model: nn.Module,        # on its device; its train flags are restored
          precision: str = 'fp32'  # 'fp32' or 'bf16'
         ) -> Evaluation:
     "The model's logits for every image, in eval mode, without gradients. A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`."
-    device, flags = next(model.parameters()).device, {m: m.training for m in model.modules()}
+    device, flags = _device(model), {m: m.training for m in model.modules()}
     logits, labels = [], []
     try:
         model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():  # not in inference mode, whose tensors a model may keep for training
             for batch in _begun(batches, 'test'):
                 x, y = _pair(batch, device)
                 try: logits.append(forward(model, x, precision).cpu())
@@ -236,7 +247,10 @@ def test(model: nn.Module,        # on its device; its train flags are restored
         for module, flag in flags.items(): module.training = flag
     if not labels: raise ValueError('there are no batches to test on; the set is empty, smaller than one batch with drop_last, '
                                     'or its batches can be read only once')
-    return Evaluation(torch.cat(logits), torch.cat(labels))
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    broken = len(logits) - logits.isfinite().all(1).sum().item()
+    if broken: warnings.warn(f'the logits of {broken:,} of {len(logits):,} images are not finite; check the images and the weights')
+    return Evaluation(logits, labels)
 test.__test__ = False  # pytest would take the name for a test
 
 # %% ../nbs/06_engine.ipynb #be9e907e
@@ -261,8 +275,9 @@ def faster_precision(model: nn.Module, # on its device; not changed
 def prepare(model: nn.Module, # changed in place
             precision: str    # 'fp32' or 'bf16'
            ) -> nn.Module:
-    "The model in the memory format that suits `precision`: channels last for 'bf16', else unchanged."
-    return model.to(memory_format=torch.channels_last) if precision == 'bf16' else model
+    "The model in the memory format that suits `precision`: channels last for 'bf16', else, and with 3-D convolutions, unchanged."
+    if precision != 'bf16' or any(value.ndim == 5 for value in model.parameters()): return model
+    return model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/06_engine.ipynb #529cdf2d
 @dataclass
@@ -329,7 +344,8 @@ class Muon(torch.optim.SGD):
                  model: nn.Module, # its parameters are optimised
                  muon_lr: float,   # learning rate of these convolutions
                  **options):       # of SGD, for all other parameters
-        filters = [p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 3]
+        convolutions = {id(p) for module in model.modules() if isinstance(module, nn.Conv2d) for p in module.parameters()}
+        filters = [p for p in model.parameters() if id(p) in convolutions and p.ndim == 4 and p.shape[1] > 3]
         chosen = {id(p) for p in filters}
         others = [p for p in model.parameters() if id(p) not in chosen]
         plain = {'lr': muon_lr, 'momentum': 0.0, 'weight_decay': 0.0, 'nesterov': False, 'muon': True}
@@ -338,7 +354,7 @@ class Muon(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        filters = [p for group in self.param_groups if group['muon'] for p in group['params'] if p.grad is not None]
+        filters = [p for group in self.param_groups if group.get('muon') for p in group['params'] if p.grad is not None]
         if filters: self._orthogonalise(filters, [p.grad for p in filters])
         super().step()
         return loss
@@ -404,7 +420,7 @@ class Lookahead:
         self.model, self.every, self.steps, self.done = model, every, steps, 0
         self.slow = {name: value.clone() for name, value in self._fast().items()}
 
-    def _fast(self): return {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
+    def _fast(self): return {name: value.detach() for name, value in _learned(self.model).items()}
 
     @torch.no_grad()
     def step(self):
@@ -424,6 +440,12 @@ class Lookahead:
         "Restore the slow weights and the number of steps."
         self.done = state['done']
         for name, value in self.slow.items(): value.copy_(state['slow'][name])
+
+def _learned(model):
+    "What a model learns, by name: its parameters, and the running statistics of its batch normalisation."
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    found = {f'{name}.{key}'.lstrip('.'): value for name, module in norms for key, value in module.named_buffers() if value.is_floating_point()}
+    return dict(model.named_parameters()) | found
 
 # %% ../nbs/06_engine.ipynb #b5e168c8
 def zero_gamma(model: nn.Module # changed in place
@@ -514,7 +536,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         test_batches: Iterable | None = None, # of (x, y); tested after each epoch
         config: Config = Config.session9(),   # the recipe
         device: str = 'auto',                 # as `pick_device` takes it
-        out: str | Path | None = None,        # folder for checkpoints, one per epoch; the newest two are kept
+        out: str | Path | None = None,        # folder for checkpoints, of the start and of each epoch; the newest two are kept
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
     """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
@@ -534,14 +556,17 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     if device.type == 'cpu': _keep_memory()
     _check_shares(train_batches, config)
     for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
+    _try_test(model, test_batches)
     with _alone(out):
         history, state = _by_first(lambda: _start(model, train_batches, config, device, out, resume))
         if _place()[0] and not state and config.precision == 'auto': next(iter(train_batches))  # which the first has drawn to measure
         network, one_step = _fastest(prepare(model, history.precision), config, device)
         parts = _parts(model, config, len(train_batches))
         if state: _restore(parts, state, out)
+        _check_finite(model, 'before the first step; make or load the model anew')
+        if not state and out is not None and _place()[0] == 0: save_checkpoint(out, 0, _state(parts, train_batches, history))
         model.train()
-        step, done = partial(_step, one_step, parts, config), len(history.epochs)
+        step, done = partial(_step, one_step, parts, config, len(train_batches)), len(history.epochs)
         for epoch in (bar := _progress(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
             start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
             scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
@@ -557,26 +582,28 @@ def _epoch(network, step, parts, train_batches, test_batches, config, precision,
     _same_draws(next(network.parameters()).device)
     trained = train(network, _shared(train_batches, network), parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
     _agree(parts['model'])
-    _check_finite(parts['model'], epoch)
+    _check_finite(parts['model'], f'after epoch {epoch + 1}; make the model anew and start again with a lower learning rate, '
+                                  'in another folder if checkpoints are kept')
     if not config.warmup: parts['schedule'].step()
     scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
     if test_batches is None: return scores
     tested = test(parts['model'], test_batches, precision)
     return scores | {'test_loss': tested.loss, 'test_accuracy': tested.accuracy}
 
-def _check_finite(model, epoch):
-    "Refuse to go on with weights, or to store weights, that are not finite."
-    values = model.state_dict()
+def _check_finite(model, when):
+    "Refuse to start or to go on with weights, or to store weights, that are not finite; `when` says what then to do."
+    values = {name: value for name, value in _learned(model).items() if not is_lazy(value)}
     finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()  # one answer to wait for
     broken = [name for name, fine in zip(values, finite) if not fine]
-    if broken:
-        raise FloatingPointError(f'{broken[0]} is not finite after epoch {epoch + 1}; start again with a lower learning rate, '
-                                 'in another folder if checkpoints are kept')
+    if broken: raise FloatingPointError(f'{broken[0]} is not finite {when}')
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
-def _step(one_step, parts, config, size):
-    "A step as the recipe has it, at a `size` of images, and what is to be done after each."
+def _step(one_step, parts, config, most, size):
+    "A step as the recipe has it, at a `size` of images, and what is to be done after each; for an epoch of at most `most` steps."
+    steps = count(1)
     def step(model, x, y, optimizer, precision='fp32'):
+        if next(steps) > most:
+            raise ValueError(f'training batches: found more in an epoch than their length, {most}, which the schedule is made for; correct their __len__')
         result = one_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
         if config.warmup: parts['schedule'].step()
         if config.lookahead: parts['average'].step()
@@ -586,6 +613,7 @@ def _step(one_step, parts, config, size):
 def _resized(x, size):
     "The images at `size` pixels a side, antialiased; None: as they are."
     if size is None or x.shape[2:] == (size, size): return x
+    if x.shape[2] != x.shape[3]: raise ValueError(f'images: found {x.shape[2]} x {x.shape[3]} pixels, expected square ones, as the recipe has sizes; crop them')
     return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
 def _fastest(model, config, device):
@@ -610,7 +638,7 @@ class _Share:
     "The images of each batch that this process trains on."
     def __init__(self, batches, device):
         self.batches, self.device, (self.place, self.n) = batches, device, _place()
-        if hasattr(batches, 'indices'): self.indices = batches.indices
+        if _ours(batches): self.indices = batches.indices
 
     def __len__(self): return len(self.batches)
 
@@ -650,7 +678,7 @@ def _check_shares(batches, config):
         raise ValueError('train_batches: found a DistributedSampler, expected none, as `fit` divides every batch among the processes; '
                          'leave it out')
     if config.batch_size % n: raise ValueError(f'batch_size: found {config.batch_size} for {n} processes, expected a multiple of {n}')
-    if not hasattr(batches, 'indices'): return
+    if not _ours(batches): return
     last = len(batches.dataset) - (len(batches) - 1) * batches.batch_size
     if last < n: raise ValueError(f'images in the last batch: found {last} for {n} processes, expected at least {n}; '
                                   'add or remove some images, or leave out this batch (drop_last)')
@@ -680,13 +708,21 @@ def _check_test_batches(batches):
     if batches is None or hasattr(batches, '__iter__') or hasattr(batches, '__getitem__'): return
     raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
 
+def _try_test(model, batches):
+    "Test on the first batch, so that what is wrong with it is known before the first epoch, not after it."
+    if batches is None or _ours(batches): return  # of ours, `_check_classes` has tested an image
+    before = rng_state()
+    test(model, list(islice(batches, 1)))
+    set_rng_state(before)
+
 def _check_batches(batches, config):
     "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
-    if not hasattr(batches, '__len__'): raise TypeError(f'training batches: {type(batches).__name__} has no length; '
-                                                        'pass a list or a loader of (x, y)')
-    if not len(batches): raise ValueError(_NO_BATCHES)
-    if not hasattr(batches, 'indices'): return  # not of this library, so their seed is not known
+    try: n = len(batches)
+    except TypeError as error:
+        raise TypeError(f'training batches: {type(batches).__name__} has no length ({error}); pass a list or a loader of (x, y)') from error
+    if not n: raise ValueError(_NO_BATCHES)
+    if not _ours(batches): return  # their seed is not known
     found, expected = (batches.batch_size, batches.dataset.seed), (config.batch_size, config.seed)
     if found != expected:
         raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '
@@ -695,7 +731,7 @@ def _check_batches(batches, config):
 def _check_classes(model, batches):
     "Raise for labels that the model has no output for: on a GPU, they would end the process's work there."
     images = getattr(getattr(batches, 'dataset', None), 'images', None)
-    if not isinstance(images, ImageSet) or not hasattr(batches, 'indices'): return
+    if not isinstance(images, ImageSet) or not _ours(batches): return
     x, y = batches.dataset[0, 0]
     n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
     if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
@@ -736,9 +772,10 @@ def _settled(precision, model, batches, device):
     except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
 
 def _data(batches):
-    "What a checkpoint remembers of the data: batches an epoch, and the hash of the set, where the batches know it."
-    images = getattr(getattr(batches, 'dataset', None), 'images', None)
-    return {'batches an epoch': len(batches), 'training images (sha256)': getattr(images, 'sha256', None)}
+    "What a checkpoint remembers of the data: batches an epoch, and where the batches know them, the hash of the set and the transforms."
+    images, transform = (getattr(getattr(batches, 'dataset', None), name, None) for name in ('images', 'transform'))
+    return {'batches an epoch': len(batches), 'training images (sha256)': getattr(images, 'sha256', None),
+            'transforms': re.sub(' at 0x[0-9a-f]+', '', repr(transform), flags=re.I)}
 
 def _state(parts, batches, history):
     "All that the rest of the run depends on."
@@ -747,13 +784,17 @@ def _state(parts, batches, history):
 
 def _start(model, batches, config, device, out, resume):
     "The record to go on with: a new one, or that of the newest checkpoint, and the checkpoint."
-    if out is None or not checkpoints(out):
+    if out is None or not _holds_run(out, resume):
         return History(config, _machine(device), versions(), precision=_settled(config.precision, model, batches, device)), None
     if not resume: raise FileExistsError(f'{out} holds a run already; resume it (resume=True, --resume), or choose another folder')
     history, state = _read_run(out)
     _same_run(history, config, state, batches, out)
     _same_machine(history, state, device)
     return history, state
+
+def _holds_run(out, resume):
+    "Whether a folder has checkpoints; the one of the start alone, with nothing done, counts only for a run to be resumed."
+    return any(resume or path.stem != 'epoch-0000' for path in checkpoints(out))
 
 def _read_run(out):
     "The record in the newest checkpoint, and the checkpoint; or an error, where this version of `fit` cannot go on with it."
@@ -780,7 +821,7 @@ def _same_run(history, config, state, batches, out):
     before, now = asdict(history.config), asdict(config)
     changed = [f'{name} was {before[name]!r}, is {now[name]!r}' for name in now if before[name] != now[name]]
     was = state['data']
-    changed += [f'{name} were {was[name]}, are {here}' for name, here in _data(batches).items() if was[name] != here]
+    changed += [f'{name} were {was[name]}, are {here}' for name, here in _data(batches).items() if was.get(name, here) != here]
     if changed: raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder, or use the earlier values")
 
 def _same_machine(history, state, device):

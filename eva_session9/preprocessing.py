@@ -368,7 +368,7 @@ class BatchedDataset:
                  transform: A.Compose, # its last two steps are Normalize and ToTensorV2
                  seed: int,            # of the augmentation
                  device: torch.device):
-        self.images, self.seed, self.twins = images, seed, _twins(transform, device)
+        self.images, self.transform, self.seed, self.twins = images, transform, seed, _twins(transform, device)
         self.pixels = torch.from_numpy(np.ascontiguousarray(images.images)).to(device).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.from_numpy(images.labels).to(device)
 
