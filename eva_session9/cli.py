@@ -9,6 +9,7 @@ __all__ = ['eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary', 'eva9_p
 
 # %% ../nbs/11_cli.ipynb #7cf7585c
 import json
+import math
 import shlex
 import sys
 import warnings
@@ -220,7 +221,7 @@ def eva9_explain(
         files, pictures, bad = _read_images(images, model.card['size'])
         for problem in bad: print(f'eva9_explain: skipped: {problem}', file=sys.stderr)
         if not files: raise ValueError(f'found no image that can be read (files tried: {len(bad)}); give PNG, JPEG or WebP files, '
-                                       'or folders of them')
+                                       'or folders of them (for a folder with one subfolder per class: --data)')
         _explain_images(model, files, pictures, method, layers, out)
     return int(bool(bad))
 
@@ -248,21 +249,28 @@ def _heatmaps(model, pictures, method, layers):
     from eva_session9.preprocessing import as_inputs
     inputs = as_inputs(pictures, model.card['mean'], model.card['std'])
     found = {}
-    for name in method.split(','):
+    for name in _listed(method):
         if name not in METHODS: raise ValueError(f"--method: found {name!r}, expected one of {', '.join(METHODS)}")
-        found[name] = METHODS[name](model, layers.split(','))(inputs)
+        found[name] = METHODS[name](model, _listed(layers))(inputs)
     if len(found) == 1: return found[name]
     return replace(found[name], raw={f'{name} {layer}': raw for name, maps in found.items() for layer, raw in maps.raw.items()})
 
+def _listed(names): return [name.strip() for name in names.split(',')]
+
 def _describe(names, heatmaps, classes):
-    "What was found, as plain data: an entry an image."
+    "What was found, as plain data: an entry an image. No prediction where the logits, no number where a map is not finite."
     from eva_session9.gradcam import Status
-    best = heatmaps.logits.softmax(1).max(1)
-    return [{'image': name, 'predicted': classes[best.indices[i]], 'probability': round(best.values[i].item(), 4),
-             'layers': {layer: {'grid': list(heatmaps.grid[layer]), 'largest': heatmaps.raw[layer][i].max().item(),
+    share, best = heatmaps.logits.softmax(1).max(1)
+    return [{'image': name, 'predicted': None if share[i].isnan() else classes[best[i]], 'probability': _number(share[i], 4),
+             'layers': {layer: {'grid': list(heatmaps.grid[layer]), 'largest': _number(heatmaps.raw[layer][i].max()),
                                 'status': str(Status(heatmaps.status[i, l].item()))}
                         for l, layer in enumerate(heatmaps.layers)}}
             for i, name in enumerate(names)]
+
+def _number(value, digits=None):
+    "A number for JSON, which has none that are not finite."
+    value = value.item() if digits is None else round(value.item(), digits)
+    return value if math.isfinite(value) else None
 
 # %% ../nbs/11_cli.ipynb #eac1c779
 def _explain_images(model, files, pictures, method, layers, out):
@@ -274,16 +282,24 @@ def _explain_images(model, files, pictures, method, layers, out):
         chosen = slice(start, start + rows)
         heatmaps = _heatmaps(model, pictures[chosen], method, layers)
         sheet = _describe([str(file) for file in files[chosen]], heatmaps, model.card['classes'])
-        labels = [f"{Path(entry['image']).name}\n{entry['predicted']} {entry['probability']:.0%}" for entry in sheet]
+        labels = [f"{_readable(Path(entry['image']).name)}\n" + _prediction(entry, '{predicted} {probability:.0%}') for entry in sheet]
         name = 'heatmaps' if not start else f'heatmaps-{start // rows + 1}'
         _draw([(name, plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class'))], out)
         found += sheet
     _write_numbers(found, out, -(-len(files) // rows))
 
+def _prediction(entry, form):
+    "What was predicted, in this form."
+    return form.format(**entry) if entry['predicted'] else 'no prediction:\nthe logits are not finite'
+
+def _readable(name):
+    "A file's name with a question mark for each byte that is no text."
+    return name.encode('utf-8', 'replace').decode()
+
 def _rows(most, method, layers):
     "How many images fit one figure with a map of each by every method at every layer; `most` if it can be."
     from eva_session9.visual import MAX_TILES
-    return max(1, min(most, MAX_TILES // (1 + len(method.split(',')) * len(layers.split(',')))))
+    return max(1, min(most, MAX_TILES // (1 + len(_listed(method)) * len(_listed(layers)))))
 
 def _explain_mistakes(model, images, method, layers, out):
     "The eight most confident mistakes on `images`, or where there are none the least confident answers."
@@ -302,7 +318,7 @@ def _explain_mistakes(model, images, method, layers, out):
     heatmaps = _heatmaps(model, images.images[chosen.numpy()], method, layers)
     found = _describe([f'test image {i}' for i in chosen.tolist()], heatmaps, images.classes)
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]
-    labels = [f"true: {entry['true']}\npredicted: {entry['predicted']}\nwith {entry['probability']:.0%}" for entry in found]
+    labels = [f"true: {entry['true']}\n" + _prediction(entry, 'predicted: {predicted}\nwith {probability:.0%}') for entry in found]
     _draw([('heatmaps', plot_heatmaps(images.subset(chosen).images, heatmaps, labels, f'{title}, by {method}'))], out)
     _write_numbers(found, out, 1)
 
@@ -312,7 +328,7 @@ def _write_numbers(found, out, sheets):
     for path in out.glob('heatmaps-*.png'):
         number = path.stem.removeprefix('heatmaps-')
         if number.isdigit() and int(number) > sheets: path.unlink()
-    write_atomically(out / 'heatmaps.json', json.dumps(found, indent=1).encode())
+    write_atomically(out / 'heatmaps.json', json.dumps(found, indent=1, allow_nan=False).encode())
     print(out / 'heatmaps.json')
 
 # %% ../nbs/11_cli.ipynb #42c33088
@@ -330,8 +346,9 @@ def eva9_summary(
         from eva_session9.summary import summary
         model = load_model(weights) if weights else make_model(_config(config).architecture, 10)
         table, out = summary(model, (3, size, size)), Path(out)
-        print(table)
         write_atomically(out / 'summary.txt', str(table).encode())
+        encoding = sys.stdout.encoding or 'utf-8'  # not every terminal can show the lines of a tree
+        print(str(table).encode(encoding, 'replace').decode(encoding))
         print(out / 'summary.txt')
 
 # %% ../nbs/11_cli.ipynb #428a3cd8

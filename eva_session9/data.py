@@ -60,7 +60,7 @@ class ImageSet:
 # %% ../nbs/01_data.ipynb #7ff5c9fd
 def _check_set(s):
     "Raise `ValueError` unless the arrays of `s` fit each other."
-    for name in ('images', 'labels'):
+    for name in ('images', 'labels', *(['masks'] if s.masks is not None else [])):
         if not isinstance(found := getattr(s, name), np.ndarray): raise ValueError(f'ImageSet: {name}: found {type(found).__name__}, expected a NumPy array')
     problems = [
         (s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3,
@@ -69,7 +69,7 @@ def _check_set(s):
          f'labels: found {s.labels.dtype} {s.labels.shape}, expected int64 ({len(s.images)},)'),
         (len(s.images) == 0, 'the set is empty; expected at least one image'),
         (s.masks is not None and (s.masks.dtype != bool or s.masks.shape != s.images.shape[:3]),
-         f'masks: found {np.asarray(s.masks).dtype} {np.shape(s.masks)}, expected bool {s.images.shape[:3]}')]
+         '' if s.masks is None else f'masks: found {s.masks.dtype} {s.masks.shape}, expected bool {s.images.shape[:3]}')]
     for wrong, message in problems:
         if wrong: raise ValueError(f'ImageSet: {message}')
     if s.labels.min() < 0 or s.labels.max() >= len(s.classes):
@@ -84,7 +84,7 @@ def cifar10(root: str | Path | None = None # folder of the official files; None:
     Source: [Krizhevsky 2009](https://www.cs.toronto.edu/~kriz/learning-features-2009-TR.pdf)."""
     from fastcore.xdg import xdg_cache_home
     from torchvision.datasets import CIFAR10
-    root = Path(root) if root else xdg_cache_home() / 'eva_session9'
+    root = Path(root).expanduser() if root else xdg_cache_home() / 'eva_session9'
     try: train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
@@ -125,6 +125,7 @@ def _read_bytes(file):
     if not hasattr(file, 'read'): raise TypeError(f'found {type(file).__name__}, expected a path or an open file of bytes, '
                                                   'such as io.BytesIO(data)')
     data, name = file.read(MAX_BYTES + 1), getattr(file, 'name', 'image')
+    if isinstance(data, str): raise TypeError(f'{name}: found a file of text, expected a path or a file of bytes; open it with mode "rb"')
     if len(data) > MAX_BYTES: raise ValueError(f'{name}: has more than {MAX_BYTES:,} bytes, make the image smaller')
     return data, name
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -176,14 +177,24 @@ def _undisturbed(batches):
     "Put the global generators, and where `batches` stands, back to what they were."
     with ExitStack() as undo:
         undo.callback(set_rng_state, rng_state())
-        for part in (batches, getattr(batches, 'sampler', None), inner := getattr(batches, 'batch_sampler', None), getattr(inner, 'sampler', None)):
-            if not hasattr(part, '__dict__'): continue
+        for part in _inside(batches):
             undo.callback(_put_back, part, dict(vars(part)))
             for value in vars(part).values():
                 if isinstance(value, torch.Generator): undo.callback(value.set_state, value.get_state())
-                if isinstance(value, np.random.Generator):
-                    undo.callback(setattr, value.bit_generator, 'state', value.bit_generator.state)
+                if isinstance(value, np.random.Generator): undo.callback(setattr, value.bit_generator, 'state', value.bit_generator.state)
+                if isinstance(value, np.random.RandomState): undo.callback(value.set_state, value.get_state())
+                if isinstance(value, Random): undo.callback(value.setstate, value.getstate())
         yield
+
+def _inside(batches):
+    "The batches, and what they hold that can be read again and again: loaders and samplers, also inside wrappers."
+    found, waiting = {}, [batches]
+    while waiting:
+        part = waiting.pop()
+        if id(part) in found or not hasattr(part, '__dict__') or isinstance(part, Iterator | torch.Tensor): continue
+        found[id(part)] = part
+        waiting += [value for value in vars(part).values() if isinstance(value, Iterable)]
+    return found.values()
 
 def _put_back(part, attributes):
     "Give the object exactly these attributes."
@@ -218,6 +229,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device, config):
         x = _resized(x, config.size(0))
         try: loss, _ = train_step(model, x, y, optimizer, curve.precision, config.label_smoothing)
         except FloatingPointError as error:
+            if not x.isfinite().all(): raise FloatingPointError(f'step {len(curve.lrs)}: {_BROKEN_IMAGES}') from error
             if curve.lrs: return 'not finite'
             raise FloatingPointError(_FROM_THE_START) from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
@@ -226,6 +238,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device, config):
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
 
+_BROKEN_IMAGES = 'found images that are not finite; check them, the learning rate is not the cause'
 _FROM_THE_START = 'the loss is not finite before the first step: check the images and the weights, not the learning rate'
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee

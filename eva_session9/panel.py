@@ -47,7 +47,7 @@ from .gradcam import METHODS, Heatmaps, Status
 from .gradcam.cam import CAM, ForwardPass, _eager, _misshapen, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
-from .visual import overlay
+from .visual import _FONT, overlay
 
 # %% ../nbs/10_panel.ipynb #a65355d7
 @dataclass(frozen=True)
@@ -726,7 +726,8 @@ _CSS = Template('''<style>
   cursor: pointer; }
 .eva9 .eva9-grid .widget-radio-box label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; }
 .eva9 .eva9-grid .widget-radio-box label:has(:focus-visible) { outline: 3px dashed #D55E00; outline-offset: -3px; }
-.eva9 .eva9-classes .widget-radio-box label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer; }
+.eva9 .eva9-classes .widget-radio-box label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer;
+  white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .eva9 .eva9-classes .widget-radio-box label:has(:checked) { font-weight: bold; }
 </style>''').substitute(cell=CELL[0], row=CELL[1], below=THUMB + 2, columns=COLUMNS, page=COLUMNS * CELL[0])
 
@@ -1038,9 +1039,13 @@ def _class_options(picked, classes, shares):
     "What can be explained, as it is said: the image's own classes, then each with its probability."
     predicted = classes[picked.predicted] if picked and picked.predicted >= 0 else 'none'
     true = picked.label if picked and picked.label else 'not known'
-    said = [f'{name}  {share:.1%}' for name, share in zip(classes, shares)] or classes
-    own = [(f'predicted: {predicted}', 'predicted'), (f'true: {true}', 'true')]
+    said = [f'{_shortened(name, 28)}  {share:.1%}' for name, share in zip(classes, shares)] or classes
+    own = [(f'predicted: {_shortened(predicted, 22)}', 'predicted'), (f'true: {_shortened(true, 26)}', 'true')]
     return own + [(text, k) for k, text in enumerate(said)]
+
+def _shortened(name, most):
+    "The name; of one longer than `most` characters, its beginning and its end."
+    return name if len(name) <= most else f'{name[:most - 9]}…{name[-8:]}'
 
 # %% ../nbs/10_panel.ipynb #7834641e
 @patch
@@ -1101,7 +1106,7 @@ def view_png(page: Page,
              side: int = 224 # width of each picture, pixels
             ) -> bytes:
     "The page as one PNG: title or message, pictures and captions."
-    font, step = ImageFont.load_default(13), side + 12
+    font, step = ImageFont.truetype(_FONT, 12), side + 12
     captions = ['\n'.join(fill(line, side // 7) for line in caption.split('\n')) for _, caption in page.pictures]
     pictures = [Image.open(BytesIO(blob)) for blob, _ in page.pictures]
     top, height = 34, max([side * picture.height // picture.width for picture in pictures], default=0)
@@ -1110,7 +1115,8 @@ def view_png(page: Page,
     draw = ImageDraw.Draw(canvas)
     draw.text((12, 10), page.title or page.message, 'black', font)
     for x, picture, caption in zip(range(12, 10**6, step), pictures, captions):
-        canvas.paste(picture.resize((side, side * picture.height // picture.width), Image.Resampling.NEAREST), (x, top))
+        resample = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.BOX
+        canvas.paste(picture.resize((side, side * picture.height // picture.width), resample), (x, top))
         draw.multiline_text((x, top + height + 8), caption, 'black', font)
     return png(np.asarray(canvas))
 

@@ -16,6 +16,7 @@ import os
 import warnings
 from contextlib import suppress
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -56,6 +57,8 @@ def save_model(model: nn.Module,                   # a network of this library, 
     if path.suffix != '.safetensors': raise ValueError(f'path: found {path}, expected a name that ends in .safetensors')
     _check_card(card, model)
     state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}
+    for name, value in model.state_dict().items():
+        if value.isfinite().all() and not state[name].isfinite().all(): raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
     text = json.dumps(card, indent=1)
@@ -105,7 +108,7 @@ def pretrained(num_classes: int | None = None # number of your own classes: the 
     "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card holds its recipe and test accuracy."
     model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
     if num_classes is not None:
-        if not isinstance(num_classes, int) or num_classes < 1: raise ValueError(f'num_classes: found {num_classes!r}, '
+        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1: raise ValueError(f'num_classes: found {num_classes!r}, '
                                                                                  'expected a whole number of 1 or more')
         model.fc = nn.Linear(model.fc.in_features, num_classes)
         del model.card

@@ -28,7 +28,7 @@ def summary(model: nn.Module,                       # any network for images
     "Output shape, parameters and multiply-adds of every layer, to nesting depth 4. An image too large for memory raises `MemoryError`."
     if len(size) != 3 or min(size) < 1: raise ValueError(f'size: found {size}, expected (channels, height, width), each at least 1, '
                                                          'such as (3, 32, 32)')
-    p = next(model.parameters())
+    p = next(model.parameters(), torch.zeros(0))
     flags = {module: module.training for module in model.modules()}
     try: table = torchinfo.summary(model, input_data=torch.zeros(1, *size, dtype=p.dtype, device=p.device), device=p.device, depth=4, verbose=0,
                                    row_settings=('var_names',), col_width=18, col_names=('output_size', 'num_params', 'mult_adds'))

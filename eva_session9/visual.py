@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from io import BytesIO
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, get_data_path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -49,6 +50,7 @@ class Picture(Figure):
 
 # %% ../nbs/09_visual.ipynb #a7936f8f
 _BLUE, _VERMILLION, _GREEN, _GREY = '#0072B2', '#D55E00', '#009E73', '#6E6E6E'  # apart in every colour vision (Okabe and Ito 2008)
+_FONT = Path(get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf'  # of matplotlib's figures: Latin, Greek, Cyrillic
 
 def _picture(title, width, height, layout='compressed'):
     "An empty page of this size, in inches, with its title."

@@ -1,5 +1,5 @@
 "`eva9_explain` on photographs: those that matplotlib ships, in the formats and modes that people have."
-import json
+import json, os, shutil, sys
 
 import matplotlib
 import pytest
@@ -103,6 +103,31 @@ def test_a_sheet_of_many_methods_and_layers_has_fewer_rows(tmp_path):
     assert not eva9_explain(str(tmp_path), method=methods, layers=layers, out=str(tmp_path / 'out'))
     assert len(explained(tmp_path / 'out')) == 11  # 36 maps an image, so ten images a figure
     assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-2.png', 'heatmaps.png']
+
+
+def test_a_model_that_says_nothing_is_not_quoted(tmp_path):
+    model = resnet18()
+    torch.nn.init.constant_(model.fc.bias, torch.nan)
+    card = dict(architecture='resnet18', classes=list('abcdefghij'), mean=[0.5] * 3, std=[0.2] * 3, size=32)
+    save_model(model, tmp_path / 'model.safetensors', card)
+    assert not eva9_explain(PHOTOGRAPH, weights=str(tmp_path / 'model.safetensors'), layers='layer4', out=str(tmp_path / 'out'))
+    entry, = json.loads((tmp_path / 'out' / 'heatmaps.json').read_text(), parse_constant=pytest.fail)
+    assert entry['predicted'] is None and entry['probability'] is None
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='file names of arbitrary bytes')
+def test_a_file_name_that_is_no_text(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9.jpg')
+    shutil.copy(PHOTOGRAPH, name)
+    assert not eva9_explain(name, layers='layer3, layer4', out=str(tmp_path / 'out'))
+    entry, = explained(tmp_path / 'out')
+    assert entry['image'] == name and list(entry['layers']) == ['layer3', 'layer4']
+
+
+def test_a_folder_of_class_folders_is_sent_elsewhere(tmp_path, capsys):
+    (tmp_path / 'photographs' / 'cat').mkdir(parents=True)
+    with pytest.raises(SystemExit): eva9_explain(str(tmp_path / 'photographs'), out=str(tmp_path / 'out'))
+    assert 'for a folder with one subfolder per class: --data' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('flags, said', [

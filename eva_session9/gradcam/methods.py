@@ -179,7 +179,9 @@ def _handing_out(outputs):
 
 def _next_or_run(given, forward, *inputs, **options):
     output = next(given, None)
-    return forward(*inputs, **options) if output is None else output
+    if output is None: return forward(*inputs, **options)
+    if getattr(getattr(forward, '__self__', None), 'inplace', False): forward(*inputs, **options)  # for what it does to its input
+    return output
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #a402c4b4
 def tail_logits(model: nn.Module,

@@ -68,6 +68,7 @@ def replacing(model: nn.Module,
               seed: int = 0     # for breaking ties
               ) -> Tensor:
     "The confidence in the target class after 0, 1, ..., `steps` steps of replacing pixels, (N, steps + 1)."
+    if steps < 1: raise ValueError(f'steps: found {steps}, expected 1 or more')
     place, pixels = ranks(_fitting(maps, start), seed)[:, None], maps[0].numel()
     counts = [round(step * pixels / steps) for step in range(steps + 1)]
     return torch.stack([confidence(model, torch.where(place < k, end, start), target) for k in counts], 1)
@@ -329,8 +330,8 @@ def bootstrap(values: Tensor,       # one for each image, (N,)
               seed: int = 0         # for resampling
               ) -> tuple[float, float, float]:
     "The mean, and the lower and upper bound of its bootstrap percentile interval."
-    if values.ndim != 1 or not 0 < level < 1:
-        raise ValueError(f'bootstrap: found values {tuple(values.shape)} and level {level}, expected (N,) and 0 to 1')
+    if values.ndim != 1 or not len(values) or not 0 < level < 1:
+        raise ValueError(f'bootstrap: found values {tuple(values.shape)} and level {level}, expected (N,) with N at least 1, and a level between 0 and 1')
     values = values.cpu().double()
     index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     ends = values[index].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
