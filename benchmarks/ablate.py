@@ -45,7 +45,7 @@ COMMA = re.compile(r',(?![^\[]*\])')  # not one of a list
 def variants(config):
     "The recipe, the recipe without each part it has or with one more, and the course's for as many epochs: name -> recipe."
     drop = max(1, round(0.3 * config.epochs))  # the course's schedule, in proportion: three drops in 20 epochs
-    cutout = 4 * config.crop  # 16 pixels where a shift may be of 4, as in the course
+    cutout = 4 * config.crop or 16  # 16 pixels where a shift may be of 4, as in the course
     changes = {
         'SGD in place of Muon': {'muon_lr': 0.0},
         'steps in place of warm-up and a fall to zero': {'warmup': 0.0, 'step_size': drop},

@@ -8,7 +8,7 @@
   class, with the map of another image, and with the map after re-initialising the weights, stage by stage.
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
-for sanity on 20, without re-initialised weights. Each row is kept in --work and not measured again with the same precision
+for sanity on 20, without re-initialised weights. Each row is kept in --work and not measured again with the same settings, precision
 and version of PyTorch, so an interrupted run resumes. Means have 95% bootstrap intervals over images; "over centre" is the mean difference
 per image to a centred Gaussian. Times are measured last, best on an idle machine. Each part of the file names its machine and
 command; with --only, the other parts of the file stay unchanged.
@@ -116,7 +116,7 @@ class Rows:
 
     def __init__(self, folder, key, low):
         self.seconds = 0.0  # that all rows took, whenever they were measured
-        self.folder, self.rows = folder / f"{key}-{'bf16' if low else 'fp32'}-torch-{torch.__version__}", {}
+        self.folder, self.rows = folder / f"{key}-{SOME}-{STEPS}-{FRACTIONS}-{SIGMA}-{'bf16' if low else 'fp32'}-torch-{torch.__version__}", {}
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self, name, layer, work):

@@ -137,6 +137,8 @@ def main():
     args = parser.parse_args()
     torch.backends.cudnn.benchmark = True  # of a GPU; otherwise without effect
     config = changed(_config(args.config), args.set)
+    if args.seeds < 1: raise SystemExit(f'--seeds: found {args.seeds}, expected 1 or more')
+    if any(setting.startswith('seed=') for setting in args.set): raise SystemExit('--set seed: the seeds are 42, 43, ...; choose how many with --seeds')
     sets = _sets(args.data, args.root, args.limit)
     if args.hold_out: sets = held_out(sets[0], args.hold_out)
     runs, waited = [], time.perf_counter() - START

@@ -232,7 +232,7 @@ def test(model: nn.Module,        # on its device; its train flags are restored
          batches: Iterable,       # of (x, y), in the order of the set
          precision: str = 'fp32'  # 'fp32' or 'bf16'
         ) -> Evaluation:
-    "The model's logits for every image, in eval mode, without gradients. A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`."
+    "The model's logits for every image, in eval mode, without gradients. A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`; logits that are not finite give a warning."
     device, flags = _device(model), {m: m.training for m in model.modules()}
     logits, labels = [], []
     try:
@@ -544,8 +544,8 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
     and for batches that depend only on `set_epoch` and PyTorch's global generators. Raises `FloatingPointError` for a loss or weights that are
     not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
-    is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe, frozen models,
-    and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
+    is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more of them than
+    their length, frozen models, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
     that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call it alike."""
     _check_config(config)
     _check_trainable(model)

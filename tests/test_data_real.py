@@ -36,6 +36,12 @@ def sets(): return cifar10(ROOT)
 
 
 @needs_cifar10
+def test_a_folder_may_be_given_from_home(monkeypatch):
+    monkeypatch.setenv('HOME', str(Path(ROOT).resolve().parent))
+    assert len(cifar10(f'~/{Path(ROOT).resolve().name}')[1]) == 10_000
+
+
+@needs_cifar10
 def test_sizes_and_balance(sets):
     train, test = sets
     assert train.images.shape == (50_000, 32, 32, 3) and test.images.shape == (10_000, 32, 32, 3)

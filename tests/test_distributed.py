@@ -109,6 +109,6 @@ def test_running_statistics_are_those_of_the_first_share(found):
 
 
 @pytest.mark.parametrize('kind, said', [
-    ('again', 'holds a run already'), ('nan', 'the loss is nan at learning rate 0.05, step 0'), ('sampler', 'found a DistributedSampler, but every batch is shared here'), ('odd', 'found 9 for 2 processes, expected a multiple of 2')])
+    ('again', 'holds a run already'), ('nan', 'the loss is nan at learning rate 0.05, step 0'), ('sampler', 'found a DistributedSampler, expected none'), ('odd', 'found 9 for 2 processes, expected a multiple of 2')])
 def test_all_processes_refuse_alike(found, kind, said):
     assert said in found['0'][kind] and found['0'][kind] == found['1'][kind]
