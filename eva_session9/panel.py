@@ -727,7 +727,8 @@ _CSS = Template('''<style>
 .eva9 .eva9-grid .widget-radio-box label:has(:checked) { outline: 3px solid #0072B2; outline-offset: -3px; }
 .eva9 .eva9-grid .widget-radio-box label:has(:focus-visible) { outline: 3px dashed #D55E00; outline-offset: -3px; }
 .eva9 .eva9-classes .widget-radio-box label { height: 24px; line-height: 24px; padding: 0 4px; margin: 0; cursor: pointer;
-  white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+  display: flex; align-items: center; white-space: pre; overflow: hidden; }
+.eva9 .eva9-classes input { order: -1; flex: none; }
 .eva9 .eva9-classes .widget-radio-box label:has(:checked) { font-weight: bold; }
 </style>''').substitute(cell=CELL[0], row=CELL[1], below=THUMB + 2, columns=COLUMNS, page=COLUMNS * CELL[0])
 
@@ -1039,8 +1040,8 @@ def _class_options(picked, classes, shares):
     "What can be explained, as it is said: the image's own classes, then each with its probability."
     predicted = classes[picked.predicted] if picked and picked.predicted >= 0 else 'none'
     true = picked.label if picked and picked.label else 'not known'
-    said = [f'{_shortened(name, 28)}  {share:.1%}' for name, share in zip(classes, shares)] or classes
-    own = [(f'predicted: {_shortened(predicted, 22)}', 'predicted'), (f'true: {_shortened(true, 26)}', 'true')]
+    said = [f'{_shortened(name, 26)}  {share:.1%}' for name, share in zip(classes, shares)] or classes
+    own = [(f'predicted: {_shortened(predicted, 20)}', 'predicted'), (f'true: {_shortened(true, 24)}', 'true')]
     return own + [(text, k) for k, text in enumerate(said)]
 
 def _shortened(name, most):

@@ -318,7 +318,7 @@ def test_an_empty_list_is_said_and_left_again(person):
     table = person.explorer.table
     k = next(k for k in range(10) if not ((table.true == k) & (table.predicted == k)).any())
     person.chooses('True class', IMAGES.classes[k], true=k)
-    person.reads(f'No rightly classified image of class {IMAGES.classes[k]}')
+    person.reads(f'No correctly classified image of class {IMAGES.classes[k]}')
     person.begins_again()
 
 
