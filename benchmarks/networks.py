@@ -56,8 +56,9 @@ def measured(model, images, methods):
             score = road(explained(cam, x, target)[0])
             rows.append({'method': name, 'layer': layer, 'road over centre': rounded(bootstrap(score - centre))})
     return {'accuracy': (target.numpy() == images.labels).mean().item(), 'centre': rounded(bootstrap(centre)), 'rows': rows,
-            'precision': 'bf16' if fast.low else 'fp32', 'recipe': model.card['recipe'], 'test accuracy': model.card['accuracy'],
-            'weights_sha256': model.card['sha256'], 'seconds': round(time.perf_counter() - start)}
+            'precision': 'bf16' if fast.low else 'fp32', 'recipe': model.card['recipe'], 'trained by': model.card.get('command'),
+            'test accuracy': model.card['accuracy'], 'tested on': model.card.get('tested_on'), 'weights_sha256': model.card['sha256'],
+            'seconds': round(time.perf_counter() - start)}
 
 
 def main():

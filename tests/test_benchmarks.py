@@ -13,8 +13,10 @@ from eva_session9.data import shapes
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
+import ablate
 from ablate import COURSE, WHOLE, asked_for, compared, halved, variants
 from cam_study import keep
+import networks
 import reproduce
 from reproduce import changed, held_out, looks, summary
 
@@ -80,6 +82,17 @@ def test_images_of_half_the_side_are_means_of_four_pixels():
     images = shapes(3)
     assert halved(images).images.shape == (3, 16, 16, 3)
     assert abs(halved(images).images[1, 2, 3] - images.images[1, 4:6, 6:8].astype(float).mean((0, 1))).max() <= 0.5
+
+
+def test_a_trained_network_can_be_kept_and_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', f"""ablate.py --data shapes --limit 60 --hold-out 20 --seeds 1 --set epochs=1 --set batch_size=20 --set lookahead=0
+        --set sizes=[8] --set precision=fp32 --variant muon_lr=0 --keep {tmp_path}/kept --out {tmp_path}/found.json""".split())
+    ablate.main()
+    found = json.loads((tmp_path / 'found.json').read_text())
+    for name in (WHOLE, 'muon_lr=0'):
+        card = networks.loaded(f'{tmp_path}/kept/{name}/seed-42').card
+        assert card['accuracy'] == found['trained'][name][0]['accuracy'] and card['recipe']['muon_lr'] == found['question']['recipes'][name]['muon_lr']
+    with pytest.raises(SystemExit): networks.loaded('no such commit or folder')
 
 
 def test_a_part_of_the_study_measured_anew_leaves_the_others(tmp_path):
