@@ -71,8 +71,8 @@ def main():
     parser.add_argument('--out', type=Path, default=Path('results/networks.json'), help='.json file for the result (default results/networks.json)')
     args = parser.parse_args()
     asked = {'images': args.images, 'methods': args.methods, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
-    before = json.loads(args.out.read_text()) if args.out.exists() else {**asked, 'networks': {}}
-    if {name: before.get(name) for name in asked} != asked: raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
+    before = {'methods': quick, **json.loads(args.out.read_text())} if args.out.exists() else {**asked, 'networks': {}}
+    if {name: before[name] for name in asked} != asked: raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
     networks, images = before['networks'], stratified(cifar10(args.root)[1], args.images)
     for name in args.networks:
         if name not in networks: networks[name] = measured(loaded(name), images, args.methods)

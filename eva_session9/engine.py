@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from itertools import count, islice
+from itertools import count, islice, zip_longest
 from operator import length_hint
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
@@ -337,7 +337,7 @@ def triangle(done: float,  # share of the steps that are done, in [0, 1]
 
 # %% ../nbs/06_engine.ipynb #50e891e1
 class Muon(torch.optim.SGD):
-    """SGD with orthogonalised updates for convolutions with more than three input channels per group; each such weight has its norm held at sqrt(out_channels).
+    """SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group; its weight has its norm held at sqrt(out_channels).
 
     Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
     def __init__(self,
@@ -442,8 +442,8 @@ class Lookahead:
         for name, value in self.slow.items(): value.copy_(state['slow'][name])
 
 def _learned(model):
-    "What a model learns, by name: its parameters, and the running statistics of its batch normalisation."
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    "What a model learns, by name: its parameters, and the running statistics of its normalisation."
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     found = {f'{name}.{key}'.lstrip('.'): value for name, module in norms for key, value in module.named_buffers() if value.is_floating_point()}
     return dict(model.named_parameters()) | found
 
@@ -556,9 +556,10 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     if device.type == 'cpu': _keep_memory()
     _check_shares(train_batches, config)
     for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
-    _try_test(model, test_batches)
+    if any(map(is_lazy, model.parameters())): _try(model, train_batches, 'fp32')  # which gives it its shapes
     with _alone(out):
         history, state = _by_first(lambda: _start(model, train_batches, config, device, out, resume))
+        if test_batches is not None and not _ours(test_batches): _try(model, test_batches, history.precision)  # of ours, `_check_classes` did
         if _place()[0] and not state and config.precision == 'auto': next(iter(train_batches))  # which the first has drawn to measure
         network, one_step = _fastest(prepare(model, history.precision), config, device)
         parts = _parts(model, config, len(train_batches))
@@ -566,7 +567,8 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         _check_finite(model, 'before the first step; make or load the model anew')
         if not state and out is not None and _place()[0] == 0: save_checkpoint(out, 0, _state(parts, train_batches, history))
         model.train()
-        step, done = partial(_step, one_step, parts, config, len(train_batches)), len(history.epochs)
+        most = len(train_batches) if config.warmup or config.lookahead else math.inf  # else nothing depends on it
+        step, done = partial(_step, one_step, parts, config, most), len(history.epochs)
         for epoch in (bar := _progress(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
             start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
             scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
@@ -582,8 +584,8 @@ def _epoch(network, step, parts, train_batches, test_batches, config, precision,
     _same_draws(next(network.parameters()).device)
     trained = train(network, _shared(train_batches, network), parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
     _agree(parts['model'])
-    _check_finite(parts['model'], f'after epoch {epoch + 1}; make the model anew and start again with a lower learning rate, '
-                                  'in another folder if checkpoints are kept')
+    _check_finite(parts['model'], f'after epoch {epoch + 1}; make the model anew and start again with a lower learning rate'
+                                  + ', in another folder if checkpoints are kept' * (epoch > 0))
     if not config.warmup: parts['schedule'].step()
     scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
     if test_batches is None: return scores
@@ -592,7 +594,7 @@ def _epoch(network, step, parts, train_batches, test_batches, config, precision,
 
 def _check_finite(model, when):
     "Refuse to start or to go on with weights, or to store weights, that are not finite; `when` says what then to do."
-    values = {name: value for name, value in _learned(model).items() if not is_lazy(value)}
+    values = _learned(model)
     finite = torch.stack([value.isfinite().all() for value in values.values()]).tolist()  # one answer to wait for
     broken = [name for name, fine in zip(values, finite) if not fine]
     if broken: raise FloatingPointError(f'{broken[0]} is not finite {when}')
@@ -708,11 +710,12 @@ def _check_test_batches(batches):
     if batches is None or hasattr(batches, '__iter__') or hasattr(batches, '__getitem__'): return
     raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
 
-def _try_test(model, batches):
-    "Test on the first batch, so that what is wrong with it is known before the first epoch, not after it."
-    if batches is None or _ours(batches): return  # of ours, `_check_classes` has tested an image
+def _try(model, batches, precision):
+    "Test on the first batch, so that what is wrong with it is known before the first epoch, not after it. A generator of the loader's own moves on."
     before = rng_state()
-    test(model, list(islice(batches, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # `_check_finite` says it of the weights
+        test(model, list(islice(batches, 1)), precision)
     set_rng_state(before)
 
 def _check_batches(batches, config):
@@ -733,7 +736,9 @@ def _check_classes(model, batches):
     images = getattr(getattr(batches, 'dataset', None), 'images', None)
     if not isinstance(images, ImageSet) or not _ours(batches): return
     x, y = batches.dataset[0, 0]
-    n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # only the shape matters here
+        n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
     if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
 
 _ONCE = 'the {} batches can be read only once; pass a list or a loader'
@@ -821,8 +826,15 @@ def _same_run(history, config, state, batches, out):
     before, now = asdict(history.config), asdict(config)
     changed = [f'{name} was {before[name]!r}, is {now[name]!r}' for name in now if before[name] != now[name]]
     was = state['data']
-    changed += [f'{name} were {was[name]}, are {here}' for name, here in _data(batches).items() if was.get(name, here) != here]
-    if changed: raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder, or use the earlier values")
+    changed += ['{} were {}, are {}'.format(name, *_differing(was[name], here)) for name, here in _data(batches).items() if was.get(name, here) != here]
+    if not changed: return
+    start = ', or start again without resume, as no epoch is finished' * (not history.epochs)
+    raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder, or use the earlier values{start}")
+
+def _differing(was, now):
+    "Both; of texts the first lines that differ."
+    if not (isinstance(was, str) and isinstance(now, str)): return was, now
+    return next((a.strip(), b.strip()) for a, b in zip_longest(was.splitlines(), now.splitlines(), fillvalue='nothing') if a != b)
 
 def _same_machine(history, state, device):
     "Warn where sums may be rounded otherwise than before."

@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from random import Random
+from random import Random, SystemRandom
 
 import numpy as np
 import torch
@@ -183,7 +183,7 @@ def _undisturbed(batches):
                 if isinstance(value, torch.Generator): undo.callback(value.set_state, value.get_state())
                 if isinstance(value, np.random.Generator): undo.callback(setattr, value.bit_generator, 'state', value.bit_generator.state)
                 if isinstance(value, np.random.RandomState): undo.callback(value.set_state, value.get_state())
-                if isinstance(value, Random): undo.callback(value.setstate, value.getstate())
+                if isinstance(value, Random) and not isinstance(value, SystemRandom): undo.callback(value.setstate, value.getstate())
         yield
 
 def _inside(batches):
@@ -191,7 +191,8 @@ def _inside(batches):
     found, waiting = {}, [batches]
     while waiting:
         part = waiting.pop()
-        if id(part) in found or not hasattr(part, '__dict__') or isinstance(part, Iterator | torch.Tensor): continue
+        if isinstance(part, list | tuple): waiting += part
+        if id(part) in found or not hasattr(part, '__dict__') or isinstance(part, Iterator | torch.Tensor | type): continue
         found[id(part)] = part
         waiting += [value for value in vars(part).values() if isinstance(value, Iterable)]
     return found.values()

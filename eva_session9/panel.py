@@ -128,7 +128,7 @@ def select(view: View,   # uses `show`, `true`, `predicted`, `confidence` and `o
 def probe(model: nn.Module, # an image classifier
           x: Tensor         # one image as the model takes it, (1, 3, H, W)
          ) -> tuple[Tensor, dict[str, tuple[int, int, int]]]:
-    "The logits (1, K), and for each grid size (of more than one cell) the last layer that is not inside a block: name -> (channels, rows, columns)."
+    "The logits (1, K), and for each grid size (of more than one cell) the last layer that is not inside a block of another: name -> (channels, rows, columns)."
     network, last = unwrap(model), {}
     def note(name, module, inputs, output):
         last.pop(name, None)  # of a module that runs more than once, only the last run is explained
@@ -142,18 +142,19 @@ def probe(model: nn.Module, # an image classifier
     return logits, _stages(network, last)
 
 def _stages(network, shapes):
-    "Of the layers of each grid size, in the order in which they ran, the last of those inside the fewest blocks."
+    "Of the layers of each grid size, in the order in which they ran, the last of those inside the fewest blocks of another grid size."
     stages = {}
     for name, shape in shapes.items():
-        blocks = _blocks_around(network, name)
+        blocks = _blocks_around(network, name, shapes)
         if blocks <= stages.get(shape[1:], (blocks,))[0]: stages[shape[1:]] = blocks, name, shape
     return {name: shape for _, name, shape in stages.values()}
 
-def _blocks_around(network, name):
-    "How many modules hold this one, not counting plain sequences."
+def _blocks_around(network, name, shapes):
+    "How many modules with another grid hold this one, not counting plain sequences."
     parts = name.split('.')
-    around = (network.get_submodule('.'.join(parts[:i])) for i in range(1, len(parts)))
-    return sum(not isinstance(module, nn.Sequential | nn.ModuleList) for module in around)
+    around = ['.'.join(parts[:i]) for i in range(1, len(parts))]
+    return sum(shapes.get(block, shapes[name])[1:] != shapes[name][1:] for block in around
+               if not isinstance(network.get_submodule(block), nn.Sequential | nn.ModuleList))
 
 # %% ../nbs/10_panel.ipynb #4e630664
 def match_classes(images: ImageSet,            # the set

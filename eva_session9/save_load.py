@@ -52,7 +52,7 @@ def save_model(model: nn.Module,                   # a network of this library, 
                card: dict,                         # required: architecture, classes, mean, std, size; optional: recipe, accuracy, versions, ...
                dtype: torch.dtype = torch.float32  # float16 halves the file
               ) -> dict: # the card, with the sha256 of the weights file
-    "Write the weights to `path` and the card beside them as JSON. A card that does not fit the model raises `ValueError`, a failed write `CheckpointError`."
+    "Write the weights to `path` and the card beside them as JSON. A card that does not fit the model, or weights too large for `dtype`, raise `ValueError`, a failed write `CheckpointError`."
     path = Path(path)
     if path.suffix != '.safetensors': raise ValueError(f'path: found {path}, expected a name that ends in .safetensors')
     _check_card(card, model)

@@ -70,7 +70,7 @@ def _wrapped(text, width):
     lines = []
     for line in text.split('\n'):
         lines.append('')
-        for piece in re.findall(rf'[^ ._-]{{1,{width - 1}}}[ ._-]*|[ ._-]+', line):
+        for piece in re.findall(rf'[^ ._-]{{1,{width - 1}}}[ ._-]?|[ ._-]', line):
             if lines[-1] and len(lines[-1] + piece.rstrip()) > width: lines.append('')
             lines[-1] += piece
     return '\n'.join(line.rstrip() for line in lines)

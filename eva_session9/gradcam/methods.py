@@ -155,7 +155,7 @@ def _finished_before(model, layer, images):
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
-        model(images)
+        model(images.clone())  # which the model may change in place
     return before
 
 def _repeatable(output, versions):
@@ -212,7 +212,7 @@ def ablated_logits(model: nn.Module,
         return _at_least_float32(seen.logits)[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
     before, n = _finished_before(model, layer, seen.images), len(node)
     if ((tail_logits(model, before, seen.images, node) - seen.logits).abs() > 0.01 * seen.logits.abs().max()).any():
-        raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode; '
+        raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode, or changes its input there; '
                          'use another method')
     logits = _at_least_float32(seen.logits)[:, None].repeat(1, node.shape[1], 1)
     live = (node != 0).any(0).flatten(1).any(1).nonzero()[:, 0]
