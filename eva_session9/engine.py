@@ -725,11 +725,18 @@ def _check_batches(batches, config):
     except TypeError as error:
         raise TypeError(f'training batches: {type(batches).__name__} has no length ({error}); pass a list or a loader of (x, y)') from error
     if not n: raise ValueError(_NO_BATCHES)
-    if not _ours(batches): return  # their seed is not known
+    if not _ours(batches): return _warn_of_size(batches, config)  # their seed is not known
     found, expected = (batches.batch_size, batches.dataset.seed), (config.batch_size, config.seed)
     if found != expected:
         raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '
                          'make the batches from the recipe, or change the recipe with `dataclasses.replace`'.format(*found, *expected))
+
+def _warn_of_size(batches, config):
+    "Warn where the record would have another batch size than a DataLoader."
+    size = getattr(batches, 'batch_size', None)
+    if isinstance(size, int) and size != config.batch_size:
+        warnings.warn(f'batch_size: found {size} in the batches, {config.batch_size} in the recipe, which will be recorded; '
+                      f'pass dataclasses.replace(config, batch_size={size})')
 
 def _check_classes(model, batches):
     "Raise for labels that the model has no output for: on a GPU, they would end the process's work there."
