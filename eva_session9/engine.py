@@ -491,14 +491,15 @@ def _aside(function, tensors):
 
 # %% ../nbs/06_engine.ipynb #a1c0de04
 class RecordedStep:
-    "`train_step` for a GPU, recorded as CUDA graphs once per batch shape; same arguments and result. Make one for each model and optimizer."
+    "`train_step` for a GPU, recorded as CUDA graphs once per batch shape, model and optimizer; same arguments and result."
     def __init__(self): self.recorded = {}
 
     def __call__(self, model, x, y, optimizer, precision='fp32', label_smoothing=0.0):
-        if x.shape not in self.recorded:
-            self.recorded[x.shape] = (Recorded(partial(_gradients, model, optimizer, precision, label_smoothing)),
-                                      Recorded(partial(_update, optimizer, precision)))
-        gradients, update = self.recorded[x.shape]
+        key = x.shape, id(model), id(optimizer), precision, label_smoothing
+        if key not in self.recorded:
+            self.recorded[key] = (Recorded(partial(_gradients, model, optimizer, precision, label_smoothing)),
+                                  Recorded(partial(_update, optimizer, precision)))
+        gradients, update = self.recorded[key]
         loss, logits, finite = gradients(x, y)
         finite, rates = _answer(finite), [torch.full((), group['lr'], device=x.device) for group in optimizer.param_groups]
         if not finite(): raise FloatingPointError(_not_finite(loss, optimizer))
