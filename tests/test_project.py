@@ -27,7 +27,9 @@ BEFORE = 'bf51e36b3a7ac3821985a17926d0559e45fe4dc70c60d09a784227808eeb31e4'  # t
 COURSE = 'a10c4460b7f7aa4f38f66b6dee33bb69d4d27ac4609d5995477bcf63ac8e16d6'  # the weights of the course's recipe, which are not shipped
 EARLIER = {'feacd2b6a51db8857423e5893e173a9ffde7232cec3e15416f692b83604ff427',  # the weights of the fast recipe with SGD, at commit 0c1a9ee
            'f98ad2434408dc011815c1499afd34a9b8cc321a69982bf9d2aeffe5db376698'}  # and of the one in batches of 512, at df8f190
-OTHER_WEIGHTS = {'session9.json': {COURSE}, 'networks.json': EARLIER, 'cam_study_course.json': {BEFORE}}  # BEFORE: were shipped then
+SHORT = {network['weights_sha256'] for network in json.loads((ROOT / 'results/networks_short.json').read_text())['networks'].values()}  # never shipped
+OTHER_WEIGHTS = {'session9.json': {COURSE}, 'networks.json': EARLIER, 'networks_short.json': SHORT,
+                 'cam_study_course.json': {BEFORE}}  # BEFORE: were shipped then
 
 
 def module_name(path):
