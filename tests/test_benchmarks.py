@@ -66,6 +66,12 @@ def test_a_series_that_is_cut_keeps_its_seeds_and_the_command_that_repeats_them(
     assert part.name == 'seeds.json.part' and kept['n'] == len(kept['runs']) == 2 and '--seeds 2' in kept['command']
 
 
+@pytest.mark.parametrize('flags, said', [('--seeds 0', 'expected 1 or more'), ('--set seed=7', 'choose how many with --seeds')])
+def test_seeds_that_would_not_be_those_on_record_are_refused(flags, said, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', f'reproduce.py --data shapes --limit 20 {flags}'.split())
+    with pytest.raises(SystemExit, match=said): reproduce.main()
+
+
 def test_each_variant_changes_one_part():
     config = replace(Config.fast(), epochs=4)
     recipes = variants(config)

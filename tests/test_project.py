@@ -27,7 +27,10 @@ BEFORE = 'bf51e36b3a7ac3821985a17926d0559e45fe4dc70c60d09a784227808eeb31e4'  # t
 COURSE = 'a10c4460b7f7aa4f38f66b6dee33bb69d4d27ac4609d5995477bcf63ac8e16d6'  # the weights of the course's recipe, which are not shipped
 EARLIER = {'feacd2b6a51db8857423e5893e173a9ffde7232cec3e15416f692b83604ff427',  # the weights of the fast recipe with SGD, at commit 0c1a9ee
            'f98ad2434408dc011815c1499afd34a9b8cc321a69982bf9d2aeffe5db376698'}  # and of the one in batches of 512, at df8f190
-SHORT = {network['weights_sha256'] for network in json.loads((ROOT / 'results/networks_short.json').read_text())['networks'].values()}  # never shipped
+SHORT = {'3788a5ccf1694e7fb05eeb6585b962c5edaaecf912f16072319fe2ca2b9b941e',
+         '728f2cd797a3536ef610c5b9dbcb0448d22c9e853ee14e1cfbef082caa9abbfd',
+         '38789f5290ec18e2bc2533f614627dcc38d2f4f5f551a2ace1ec6394bc85ffa7',
+         '304e2d41816f771bd00befa387cfa9fd5d6747822989c4462bc6de910b507df3'}  # of the shorter trainings, never shipped
 OTHER_WEIGHTS = {'session9.json': {COURSE}, 'networks.json': EARLIER, 'networks_short.json': SHORT,
                  'cam_study_course.json': {BEFORE}}  # BEFORE: were shipped then
 
