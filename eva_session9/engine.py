@@ -523,14 +523,6 @@ def _update(optimizer, precision, *rates):
     with torch.autocast(rates[0].device.type, torch.bfloat16, enabled=precision == 'bf16'): optimizer.step()
     for group, number in zip(optimizer.param_groups, numbers): group.update(lr=number, fused=None)
 
-# %% ../nbs/06_engine.ipynb #a71a9cf8
-def _parts(model, config, steps):
-    "What a run changes, by name, on the model's device."
-    optimizer, schedule = make_optimizer(model, config, steps)
-    parts = {'model': zero_gamma(model) if config.zero_gamma else model, 'optimizer': optimizer, 'schedule': schedule}
-    if config.lookahead: parts['average'] = Lookahead(model, config.lookahead, steps * config.epochs)
-    return parts
-
 # %% ../nbs/06_engine.ipynb #ab870fb4
 def fit(model: nn.Module,                     # trained in place, and moved to the device
         train_batches: Iterable,              # of (x, y), re-iterable; `set_epoch` is called if they have it
@@ -548,35 +540,52 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more of them than
     their length, frozen models, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
     that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call it alike."""
-    _check_config(config)
-    _check_trainable(model)
-    _check_batches(train_batches, config)
-    _check_test_batches(test_batches)
-    if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
+    _check_arguments(model, train_batches, test_batches, config, out, resume)
     device = pick_device(device)
-    if device.type == 'cpu': _keep_memory()
-    _check_shares(train_batches, config)
-    for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
-    if any(map(is_lazy, model.parameters())): _try(model, train_batches, 'fp32')  # which gives it its shapes
+    _move(model, device, train_batches, test_batches)
     with _alone(out):
         history, state = _by_first(lambda: _start(model, train_batches, config, device, out, resume))
-        if test_batches is not None and not _ours(test_batches): _try(model, test_batches, history.precision)  # of ours, `_check_classes` did
-        if _place()[0] and not state and config.precision == 'auto': next(iter(train_batches))  # which the first has drawn to measure
-        network, one_step = _fastest(prepare(model, history.precision), config, device)
-        parts = _parts(model, config, len(train_batches))
-        if state: _restore(parts, state, out)
-        _check_finite(model, 'before the first step; make or load the model anew')
-        if not state and out is not None and _place()[0] == 0: save_checkpoint(out, 0, _state(parts, train_batches, history))
-        model.train()
-        most = len(train_batches) if config.warmup or config.lookahead else math.inf  # else nothing depends on it
-        step, done = partial(_step, one_step, parts, config, most), len(history.epochs)
+        if test_batches is not None and not _ours(test_batches): _try(model, test_batches, history.precision)  # of ours, `_move` did
+        network, parts, step = _begin(model, train_batches, history, state, device, out)
+        keep = partial(_keep, out, parts, train_batches, history)
+        if not state: keep()
+        done = len(history.epochs)
         for epoch in (bar := _progress(range(done, config.epochs), 'fit', config.epochs, initial=done, unit='epoch')):
             start, lr = time.perf_counter(), parts['schedule'].get_last_lr()[0]
             scores = _epoch(network, step, parts, train_batches, test_batches, config, history.precision, epoch)
             history.epochs.append({'epoch': epoch + 1, 'lr': lr, **scores, 'seconds': round(time.perf_counter() - start, 2)})
             bar.set_postfix({name: f'{value:.2%}' for name, value in scores.items() if 'accuracy' in name})
-            if out is not None and _place()[0] == 0: save_checkpoint(out, epoch + 1, _state(parts, train_batches, history))
+            keep()
     return history
+
+# %% ../nbs/06_engine.ipynb #a71a9cf8
+def _move(model, device, train_batches, test_batches):
+    "Move the model to the device. There it needs an output for each class of the sets, and shapes of all its layers."
+    if device.type == 'cpu': _keep_memory()
+    for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
+    if any(map(is_lazy, model.parameters())): _try(model, train_batches, 'fp32')  # which gives them their shapes
+
+def _begin(model, batches, history, state, device, out):
+    "The network as it is trained, what a run changes, by name, and the step; new, or as the checkpoint has them."
+    config = history.config
+    if _place()[0] and not state and config.precision == 'auto': next(iter(batches))  # which the first has drawn to measure
+    network, one_step = _fastest(prepare(model, history.precision), config, device)
+    parts = _parts(model, config, len(batches))
+    if state: _restore(parts, state, out)
+    _check_finite(model, 'before the first step; make or load the model anew')
+    model.train()
+    return network, parts, partial(_step, one_step, parts, config, len(batches))
+
+def _parts(model, config, steps):
+    "What a run changes, by name, on the model's device."
+    optimizer, schedule = make_optimizer(model, config, steps)
+    parts = {'model': zero_gamma(model) if config.zero_gamma else model, 'optimizer': optimizer, 'schedule': schedule}
+    if config.lookahead: parts['average'] = Lookahead(model, config.lookahead, steps * config.epochs)
+    return parts
+
+def _keep(out, parts, batches, history):
+    "Write a checkpoint, if there is a folder; of several processes, the first one does."
+    if out is not None and _place()[0] == 0: save_checkpoint(out, len(history.epochs), _state(parts, batches, history))
 
 # %% ../nbs/06_engine.ipynb #f30e66e5
 def _epoch(network, step, parts, train_batches, test_batches, config, precision, epoch):
@@ -601,12 +610,12 @@ def _check_finite(model, when):
     if broken: raise FloatingPointError(f'{broken[0]} is not finite {when}')
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
-def _step(one_step, parts, config, most, size):
-    "A step as the recipe has it, at a `size` of images, and what is to be done after each; for an epoch of at most `most` steps."
-    steps = count(1)
+def _step(one_step, parts, config, steps, size):
+    "A step as the recipe has it, at a `size` of images, and what is to be done after each; `steps` an epoch, if anything depends on them."
+    taken = count(1)
     def step(model, x, y, optimizer, precision='fp32'):
-        if next(steps) > most:
-            raise ValueError(f'training batches: found more in an epoch than their length, {most}, which the schedule is made for; correct their __len__')
+        if next(taken) > steps and (config.warmup or config.lookahead):
+            raise ValueError(f'training batches: found more in an epoch than their length, {steps}, which the schedule is made for; correct their __len__')
         result = one_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
         if config.warmup: parts['schedule'].step()
         if config.lookahead: parts['average'].step()
@@ -696,9 +705,14 @@ def _machine(device):
     return hardware(device) if _place()[1] == 1 else f'{_place()[1]} x {hardware(device)}'
 
 # %% ../nbs/06_engine.ipynb #41038d4e
-def _check_config(config):
-    "Raise for what is no recipe."
+def _check_arguments(model, train_batches, test_batches, config, out, resume):
+    "Raise for arguments that make no run."
     if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast()')
+    _check_trainable(model)
+    _check_batches(train_batches, config)
+    _check_test_batches(test_batches)
+    if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
+    _check_shares(train_batches, config)
 
 def _check_trainable(model):
     "Raise for a model whose parameters are all frozen."
