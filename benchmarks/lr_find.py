@@ -25,7 +25,7 @@ from torch import nn
 
 from eva_session9.config import Config, hardware, seed_everything, versions
 from eva_session9.data import cifar10, shapes
-from eva_session9.engine import make_optimizer, test, train, train_step
+from eva_session9.engine import test, train, train_step
 from eva_session9.lr_finder import find_lr
 from eva_session9.models.resnet import BasicBlock, make_model
 

@@ -27,7 +27,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _check_classes, _check_trainable, _pair, _resized, _settled, _too_large, make_optimizer, prepare, train_step, zero_gamma
+from .engine import _check_classes, _check_trainable, _pair, _resized, _settled, _too_large, prepare, train_step
+from .optim import make_optimizer, zero_gamma
 from .save_load import write_atomically
 
 # %% ../nbs/07_lr_finder.ipynb #5befc707
@@ -157,7 +158,7 @@ def load(cls: LRCurve, path: str | Path # that `save` wrote
     except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path}: is not a curve that `LRCurve.save` wrote ({error!r})') from error
 
 # %% ../nbs/07_lr_finder.ipynb #c95b1cb5
-def _twins(model, optimizer, config, device):
+def _copies(model, optimizer, config, device):
     "Copies of the model and its optimizer on the device, in train mode."
     if optimizer is None:
         trial = copy.deepcopy(model).to(device).train()
@@ -166,10 +167,10 @@ def _twins(model, optimizer, config, device):
     theirs = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not theirs <= {id(p) for p in model.parameters()}:
         raise ValueError('the optimizer holds parameters that the model does not; build it from model.parameters()')
-    trial, twin = copy.deepcopy((model, optimizer))
+    trial, trial_optimizer = copy.deepcopy((model, optimizer))
     trial.to(device).train()
-    twin.load_state_dict(twin.state_dict())  # moves the momentum to where the weights went
-    return trial, twin
+    trial_optimizer.load_state_dict(trial_optimizer.state_dict())  # moves the momentum to where the weights went
+    return trial, trial_optimizer
 
 # %% ../nbs/07_lr_finder.ipynb #7b84fc16
 @contextmanager
@@ -220,17 +221,18 @@ def _diverged(losses):
     return means[-1] > max(means[0], 4 * means.min())
 
 # %% ../nbs/07_lr_finder.ipynb #94f01dc6
-def _sweep(curve, model, optimizer, batches, lrs, device, config):
-    "Fill `curve` with a step at each of `lrs`; parameter groups keep their ratios to the first. Says why it stopped."
+def _sweep(curve, model, optimizer, batches, lrs, device):
+    "Train a step at each of `lrs`, by the curve's recipe, and add it to the curve; parameter groups keep their ratios to the first. Returns why it stopped."
     base = [float(group.get('initial_lr', group['lr'])) for group in optimizer.param_groups]
     if base[0] == 0: raise ValueError('the first parameter group has learning rate 0, so there is no ratio to it; put another group first')
     for lr, batch in zip(tqdm(lrs, 'find_lr', leave=False), batches):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
         x, y = _pair(batch, device)
-        x = _resized(x, config.size(0))
-        try: loss, _ = train_step(model, x, y, optimizer, curve.precision, config.label_smoothing)
+        x = _resized(x, curve.config.size(0))
+        try: loss, _ = train_step(model, x, y, optimizer, curve.precision, curve.config.label_smoothing)
         except FloatingPointError as error:
-            if not x.isfinite().all(): raise FloatingPointError(f'step {len(curve.lrs)}: {_BROKEN_IMAGES}') from error
+            if not x.isfinite().all():
+                raise FloatingPointError(f'step {len(curve.lrs)}: found images that are not finite; check them, the learning rate is not the cause') from error
             if curve.lrs: return 'not finite'
             raise FloatingPointError(_FROM_THE_START) from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
@@ -239,7 +241,6 @@ def _sweep(curve, model, optimizer, batches, lrs, device, config):
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
 
-_BROKEN_IMAGES = 'found images that are not finite; check them, the learning rate is not the cause'
 _FROM_THE_START = 'the loss is not finite before the first step: check the images and the weights, not the learning rate'
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
@@ -261,14 +262,14 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     _check_trainable(model)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:
-        trial, twin = _twins(model, optimizer, config, device)
+        trial, trial_optimizer = _copies(model, optimizer, config, device)
         _check_classes(trial, batches)
         first = next(stream)
         try: precision = _settled(config.precision, trial, [first], device)
         except FloatingPointError as error: raise FloatingPointError(_FROM_THE_START) from error
         curve, began = LRCurve([], [], '', config, precision, hardware(device), versions()), time.perf_counter()
         lrs = np.geomspace(start, end, steps).tolist()
-        curve.stopped = _sweep(curve, prepare(trial, precision), twin, chain([first], stream), lrs, device, config)
+        curve.stopped = _sweep(curve, prepare(trial, precision), trial_optimizer, chain([first], stream), lrs, device)
         curve.seconds = round(time.perf_counter() - began, 2)
     for caveat in curve.caveats: warnings.warn(caveat, stacklevel=2)
     return curve

@@ -70,20 +70,20 @@ def train_transforms(mean: tuple[float, ...],  # of each channel, in [0, 1] unit
     return A.Compose([
         *([rotate] if config.rotate else []),
         AlternatingFlip() if config.alternating_flip else A.HorizontalFlip(p=config.flip_p),
-        *(_shifted(size, config.crop) if config.crop else []),
+        *(_padded_crop(size, config.crop) if config.crop else []),
         *([cutout] if config.cutout else []),
         *_normalized(mean, std)])
 
 # %% ../nbs/02_preprocessing.ipynb #d68dadc3
-def _shifted(size, border):
-    "A random crop of the image's own size, which may reach `border` pixels into its reflection."
+def _padded_crop(size, border):
+    "Reflection padding by `border` pixels a side, then a random crop of the image's own size."
     if size is None: raise ValueError(f'a recipe with crop={border} needs the size of the images; pass size=, their side in pixels')
     whole = size + 2 * border
     return [A.PadIfNeeded(min_height=whole, min_width=whole, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(size, size)]
 
 # %% ../nbs/02_preprocessing.ipynb #46cd072f
-def _key(transform, seed, epoch, index):
-    "Let `transform` draw from generators that depend on nothing but the key."
+def _reseed(transform, seed, epoch, index):
+    "Give `transform` new generators, seeded with the key."
     generator = np.random.default_rng((seed, epoch, index))
     transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
 
@@ -101,12 +101,12 @@ class KeyedDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        _key(self.transform, self.seed, epoch, index)
+        _reseed(self.transform, self.seed, epoch, index)
         told = {'key': (self.seed, int(epoch), int(index))} if 'key' in self.transform.available_keys else {}
         return self.transform(image=self.images.images[index], **told)['image'], int(self.images.labels[index])
 
 def _check_transform(transform, kind):
-    "Raise for what no key decides about, or has no twins."
+    "Raise unless the transform is one of Albumentations, which the key decides about and twins can replace."
     if not isinstance(transform, kind):
         raise TypeError(f'transform: found {type(transform).__module__}.{type(transform).__name__}, expected an albumentations.Compose, as `train_transforms` gives it')
 
@@ -208,7 +208,7 @@ def _alternates(key):
 # %% ../nbs/02_preprocessing.ipynb #c019b896
 class Twin:
     "Base class of twins, the batched PyTorch versions of Albumentations transforms; itself that of `ToTensorV2`: batches are tensors already."
-    needs = {}  # option of the transform -> the only value that the twin can do
+    needs = {}  # option of the transform -> the only value that the twin supports
 
     def __init__(self,
                  transform: A.BasicTransform,              # the declared transform
@@ -315,9 +315,9 @@ def _reflected(images, dim, padded):
     n = images.shape[dim]
     if padded > 3 * n - 2: raise ValueError(f'PadIfNeeded: {n} pixels cannot be reflected to {padded}, expected at most {3 * n - 2}; '
                                             'lower the crop or use larger images')
-    before, after = (padded - n) // 2, padded - n - (padded - n) // 2
-    borders = images.narrow(dim, 1, before).flip(dim), images.narrow(dim, n - 1 - after, after).flip(dim)
-    return torch.cat([borders[0], images, borders[1]], dim)
+    before = (padded - n) // 2
+    after = padded - n - before
+    return torch.cat([images.narrow(dim, 1, before).flip(dim), images, images.narrow(dim, n - 1 - after, after).flip(dim)], dim)
 
 class CropTwin(Twin):
     "`RandomCrop`. Parameters: row and column of the corner, int64 (B, 2)."
@@ -420,11 +420,11 @@ class Batches(Keyed):
                  device: str = 'auto',     # as `pick_device` takes it
                  shuffle: bool = True,     # a new order each epoch
                  drop_last: bool = False): # leave out the last batch where it is smaller
-        whole, n = len(images) // max(batch_size, 1), len(images)
-        if batch_size < 1 or drop_last and not whole: raise ValueError(f'batch_size: found {batch_size}, expected 1 to {n}, the number of images')
+        n = len(images)
+        if batch_size < 1 or drop_last and batch_size > n: raise ValueError(f'batch_size: found {batch_size}, expected 1 to {n}, the number of images')
         self.device, self.batch_size = pick_device(device), batch_size
         self.dataset, self.sampler = BatchedDataset(images, transform, seed, self.device), KeyedSampler(n, seed, shuffle)
-        self.length = whole if drop_last else -(-n // batch_size)
+        self.length = n // batch_size if drop_last else -(-n // batch_size)
 
     def __len__(self): return self.length
 
@@ -460,7 +460,7 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
             loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
 
 def _check_sets(config, train_set, test_set):
-    "Raise for sets that do not belong together, or that are no squares where the recipe makes some."
+    "Raise for sets of different classes, or for images that are not square if the recipe has a crop or sizes."
     for images in (train_set, test_set):
         height, width = images.images.shape[1:3]
         if height != width and (config.crop or config.sizes):
