@@ -21,7 +21,7 @@ from fastcore.script import call_parse
 # %% ../nbs/11_cli.ipynb #919f1428
 @contextmanager
 def _one_line_errors(command):
-    "Turn warnings into one line, the errors that a user can mend into one line and exit code 2, and Ctrl-C into 130."
+    "Context manager: a warning becomes one line, an error that a user can mend one line and exit code 2, Ctrl-C exit code 130."
     def say(message, *where, **more): print(f'{command}: {" ".join(str(message).split())}', file=sys.stderr)
     try:
         with warnings.catch_warnings():
@@ -71,7 +71,7 @@ def _check_limit(limit):
 
 # %% ../nbs/11_cli.ipynb #fb509dbb
 def _draw(figures, out):
-    "Write the figures, pairs of a name and a figure, each as soon as it is drawn, and say where."
+    "Save each of the (name, figure) pairs as soon as it is drawn, and print its path."
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures:
         figure.savefig(out / f'{name}.png')
@@ -101,15 +101,15 @@ def eva9_train(
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
-        if process: return  # of several, the first writes
+        if process: return  # only the first process writes
         evaluation = test(model, test_batches, history.precision)
         history.command = _launcher(_place()[1]) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
         tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
         history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')
         _draw(_training_figures(model, sets, train_batches, history, evaluation), out)
-        epochs = f'{len(history.epochs)} epoch' + 's' * (len(history.epochs) > 1)
-        print(f'test accuracy {evaluation.accuracy:.2%} after {epochs}; everything is in {out}/')
+        n = len(history.epochs)
+        print(f'test accuracy {evaluation.accuracy:.2%} after {n} epoch{"s" * (n > 1)}; everything is in {out}/')
 
 # %% ../nbs/11_cli.ipynb #eb0e43b5
 @contextmanager
@@ -119,7 +119,7 @@ def _distributed():
     with distributed() as process: yield process
 
 def _launcher(processes):
-    "What starts so many processes of a command."
+    "The beginning of a command line that starts it in several processes; '' for one."
     return f'torchrun --standalone --nproc-per-node {processes} --no-python ' if processes > 1 else ''
 
 def _command(name, data, config, **given):
@@ -258,14 +258,16 @@ def _heatmaps(model, pictures, method, layers):
 def _listed(names): return [name.strip() for name in names.split(',')]
 
 def _describe(names, heatmaps, classes):
-    "What was found, as plain data: an entry an image. No prediction where the logits, no number where a map is not finite."
+    "An entry for each image, as plain data: its prediction, None if the logits are not finite, and its maps."
+    probability, predicted = heatmaps.logits.softmax(1).max(1)
+    return [{'image': name, 'predicted': None if p.isnan() else classes[k], 'probability': _number(p, 4), 'layers': _describe_maps(heatmaps, i)}
+            for i, (name, p, k) in enumerate(zip(names, probability, predicted))]
+
+def _describe_maps(heatmaps, i):
+    "Layer -> grid, largest value and status of image `i`'s map."
     from eva_session9.gradcam import Status
-    share, best = heatmaps.logits.softmax(1).max(1)
-    return [{'image': name, 'predicted': None if share[i].isnan() else classes[best[i]], 'probability': _number(share[i], 4),
-             'layers': {layer: {'grid': list(heatmaps.grid[layer]), 'largest': _number(heatmaps.raw[layer][i].max()),
-                                'status': str(Status(heatmaps.status[i, l].item()))}
-                        for l, layer in enumerate(heatmaps.layers)}}
-            for i, name in enumerate(names)]
+    return {layer: {'grid': list(heatmaps.grid[layer]), 'largest': _number(raw[i].max()), 'status': str(Status(code.item()))}
+            for (layer, raw), code in zip(heatmaps.raw.items(), heatmaps.status[i])}
 
 def _number(value, digits=None):
     "A number for JSON, which has none that are not finite."
@@ -289,7 +291,7 @@ def _explain_images(model, files, pictures, method, layers, out):
     _write_numbers(found, out, -(-len(files) // rows))
 
 def _prediction(entry, form):
-    "What was predicted, in this form."
+    "The entry's prediction, formatted by `form`."
     return form.format(**entry) if entry['predicted'] else 'no prediction:\nthe logits are not finite'
 
 def _readable(name):
@@ -297,20 +299,14 @@ def _readable(name):
     return name.encode('utf-8', 'replace').decode()
 
 def _rows(most, method, layers):
-    "How many images fit one figure with a map of each by every method at every layer; `most` if it can be."
+    "How many images, at most `most`, fit one figure with their maps by every method at every layer."
     from eva_session9.visual import MAX_TILES
     return max(1, min(most, MAX_TILES // (1 + len(_listed(method)) * len(_listed(layers)))))
 
 def _explain_mistakes(model, images, method, layers, out):
-    "The eight most confident mistakes on `images`, or where there are none the least confident answers."
-    from eva_session9.engine import test
-    from eva_session9.preprocessing import loader, test_transforms
+    "The eight most confident mistakes on `images`, or if there are none, the least confident predictions."
     from eva_session9.visual import plot_heatmaps
-    if list(images.classes) != model.card['classes']:
-        raise ValueError(f"--data: found classes {', '.join(images.classes)}, expected those of the model: {', '.join(model.card['classes'])}; "
-                         'give other data, or with --weights a model trained on these')
-    batches = loader(images, test_transforms(model.card['mean'], model.card['std']), 250, shuffle=False)
-    evaluation = test(model, batches)
+    evaluation = _evaluate(model, images)
     mistakes = evaluation.misclassified
     print(f'misclassified: {len(mistakes)} of {len(images)} test images', file=sys.stderr)
     title = 'The most confident mistakes' if len(mistakes) else 'No mistakes: the least confident predictions'
@@ -322,8 +318,17 @@ def _explain_mistakes(model, images, method, layers, out):
     _draw([('heatmaps', plot_heatmaps(images.subset(chosen).images, heatmaps, labels, f'{title}, by {method}'))], out)
     _write_numbers(found, out, 1)
 
+def _evaluate(model, images):
+    "The model's evaluation of a set, whose classes must be those of its card."
+    from eva_session9.engine import test
+    from eva_session9.preprocessing import loader, test_transforms
+    if list(images.classes) != model.card['classes']:
+        raise ValueError(f"--data: found classes {', '.join(images.classes)}, expected those of the model: {', '.join(model.card['classes'])}; "
+                         'give other data, or with --weights a model trained on these')
+    return test(model, loader(images, test_transforms(model.card['mean'], model.card['std']), 250, shuffle=False))
+
 def _write_numbers(found, out, sheets):
-    "Write what was found, say where, and remove the sheets that an earlier run had more."
+    "Write the entries as JSON and print the path; delete sheets numbered above `sheets`, which are from an earlier run."
     from eva_session9.save_load import write_atomically
     for path in out.glob('heatmaps-*.png'):
         number = path.stem.removeprefix('heatmaps-')
@@ -352,7 +357,6 @@ def eva9_summary(
         print(out / 'summary.txt')
 
 # %% ../nbs/11_cli.ipynb #428a3cd8
-_FROM_HERE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # what the page may load, and nothing from elsewhere
 @call_parse
 def eva9_panel(
     data: str = None,          # 'cifar10', 'shapes', or a folder with classes; if not given, what the model was trained on
@@ -373,13 +377,13 @@ def eva9_panel(
             page = _write_page(Path(folder), data=data, root=root, weights=str(weights) if weights else None, limit=limit)
             options = {'ip': '127.0.0.1', 'port': port, 'port_retries': 0, 'open_browser': True, 'log_level': 'ERROR'}
             settings = {'websocket_max_message_size': 40 * 2**20,  # room for an image file
-                        'headers': {'Content-Security-Policy': _FROM_HERE}}
+                        'headers': {'Content-Security-Policy': "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"}}  # nothing from elsewhere
             server.launch_instance([str(page), *(f'--Voila.{name}={value}' for name, value in options.items())],
                                    tornado_settings=settings)
 
 # %% ../nbs/11_cli.ipynb #a115a10f
 def _panel_source(data, weights):
-    "Which data and which weights to open, after a look at whether they are there."
+    "The data and the weights to open; raises unless both are there."
     from eva_session9.panel import default_source, newest_run
     if weights and not Path(weights).is_file(): raise ValueError(f'--weights: there is no file {weights}')
     if data is None and not weights: return default_source()
@@ -387,8 +391,7 @@ def _panel_source(data, weights):
     if data not in ('cifar10', 'shapes') and not Path(data).is_dir():
         raise ValueError(f"--data (if not given, the data that the model was trained on): found {data!r}, "
                          "expected 'cifar10', 'shapes' or an existing folder of images")
-    if data == 'shapes' and not weights: weights = newest_run()
-    if data == 'shapes' and not weights:
+    if data == 'shapes' and not (weights := weights or newest_run()):
         raise ValueError('there is no model trained on shapes in a subfolder of this folder; run eva9_train --data shapes here, '
                          'or give --weights')
     return data, weights
@@ -413,7 +416,7 @@ def _server(open_browser):
     return Server
 
 def _free_port(port):
-    "The port, if it can be served on; for 0 one that can."
+    "The port, or for 0 any free one; raises if it cannot be used."
     import socket
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given back can be taken

@@ -60,18 +60,14 @@ class ImageSet:
 # %% ../nbs/01_data.ipynb #7ff5c9fd
 def _check_set(s):
     "Raise `ValueError` unless the arrays of `s` fit each other."
-    for name in ('images', 'labels', *(['masks'] if s.masks is not None else [])):
-        if not isinstance(found := getattr(s, name), np.ndarray): raise ValueError(f'ImageSet: {name}: found {type(found).__name__}, expected a NumPy array')
-    problems = [
-        (s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3,
-         f'images: found {s.images.dtype} {s.images.shape}, expected uint8 (N, H, W, 3)'),
-        (s.labels.dtype != np.int64 or s.labels.shape != s.images.shape[:1],
-         f'labels: found {s.labels.dtype} {s.labels.shape}, expected int64 ({len(s.images)},)'),
-        (len(s.images) == 0, 'the set is empty; expected at least one image'),
-        (s.masks is not None and (s.masks.dtype != bool or s.masks.shape != s.images.shape[:3]),
-         '' if s.masks is None else f'masks: found {s.masks.dtype} {s.masks.shape}, expected bool {s.images.shape[:3]}')]
-    for wrong, message in problems:
-        if wrong: raise ValueError(f'ImageSet: {message}')
+    arrays = {'images': s.images, 'labels': s.labels} | ({} if s.masks is None else {'masks': s.masks})
+    for name, found in arrays.items():
+        if not isinstance(found, np.ndarray): raise ValueError(f'ImageSet: {name}: found {type(found).__name__}, expected a NumPy array')
+    def wrong(name, expected): return ValueError(f'ImageSet: {name}: found {arrays[name].dtype} {arrays[name].shape}, expected {expected}')
+    if s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3: raise wrong('images', 'uint8 (N, H, W, 3)')
+    if s.labels.dtype != np.int64 or s.labels.shape != s.images.shape[:1]: raise wrong('labels', f'int64 ({len(s.images)},)')
+    if not len(s): raise ValueError('ImageSet: the set is empty; expected at least one image')
+    if s.masks is not None and (s.masks.dtype != bool or s.masks.shape != s.images.shape[:3]): raise wrong('masks', f'bool {s.images.shape[:3]}')
     if s.labels.min() < 0 or s.labels.max() >= len(s.classes):
         raise ValueError(f'ImageSet: labels: found {s.labels.min()} to {s.labels.max()}, '
                          f'expected 0 to {len(s.classes) - 1} (number of classes: {len(s.classes)})')
@@ -170,10 +166,9 @@ def image_folder(path: str | Path, # folder with `train` and `test`, each with o
     lone = sorted(train.keys() ^ test.keys())
     if lone: raise ValueError(f'{path}: found {lone} in only one of train and test, expected the same classes in both; '
                               'add these folders there or remove them')
-    pixels = _read_all([file for part in (train, test) for files in part.values() for file in files], size)
-    counts = [[len(part[name]) for name in train] for part in (train, test)]
-    labels, n = [np.repeat(np.arange(len(train)), count) for count in counts], sum(counts[0])
-    return ImageSet(pixels[:n], labels[0], tuple(train)), ImageSet(pixels[n:], labels[1], tuple(train))
+    files, labels = zip(*((file, k) for part in (train, test) for k, name in enumerate(train) for file in part[name]))
+    both, n = ImageSet(_read_all(files, size), np.array(labels), tuple(train)), sum(map(len, train.values()))
+    return both.subset(slice(n)), both.subset(slice(n, None))
 
 # %% ../nbs/01_data.ipynb #f7b250d7
 def _parts(path, seed):

@@ -175,7 +175,7 @@ def _copies(model, optimizer, config, device):
 # %% ../nbs/07_lr_finder.ipynb #7b84fc16
 @contextmanager
 def _undisturbed(batches):
-    "Put the global generators, and where `batches` stands, back to what they were."
+    "Context manager: on exit, restore the global generators and the state of `batches`."
     with ExitStack() as undo:
         undo.callback(set_rng_state, rng_state())
         for part in _inside(batches):
@@ -188,7 +188,7 @@ def _undisturbed(batches):
         yield
 
 def _inside(batches):
-    "The batches, and what they hold that can be read again and again: loaders and samplers, also inside wrappers."
+    "The batches and the re-iterable objects that they hold, such as loaders and samplers, also inside wrappers."
     found, waiting = {}, [batches]
     while waiting:
         part = waiting.pop()
@@ -205,7 +205,7 @@ def _put_back(part, attributes):
 
 # %% ../nbs/07_lr_finder.ipynb #16e5ceb5
 def _cycle(batches):
-    "The batches, pass after pass, each of which is an epoch where the batches know of epochs."
+    "The batches, epoch after epoch without end."
     for epoch in count():
         if hasattr(batches, 'set_epoch'): batches.set_epoch(epoch)
         empty = True
@@ -276,7 +276,7 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
 
 # %% ../nbs/07_lr_finder.ipynb #6d6b061e
 def _check(batches, config, start, end, steps):
-    "Refuse what cannot be swept."
+    "Raise for arguments that no sweep can be made with."
     if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); an optimizer is passed as optimizer=')
     if not isinstance(batches, Iterable): raise TypeError(f'batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
     if isinstance(batches, Iterator):

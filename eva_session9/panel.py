@@ -19,7 +19,7 @@ import re
 import time
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,9 +42,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
-from .engine import Evaluation, forward
+from .engine import Evaluation, _device, forward
 from .gradcam import METHODS, Heatmaps, Status
-from .gradcam.cam import CAM, ForwardPass, _eager, _misshapen, evaluating, gradients, unwrap
+from .gradcam.cam import CAM, ForwardPass, _eager, _hooked, _misshapen, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
 from .visual import _FONT, overlay
@@ -134,11 +134,8 @@ def probe(model: nn.Module, # an image classifier
         last.pop(name, None)  # of a module that runs more than once, only the last run is explained
         grid = isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1
         if grid and not _misshapen(output.shape[2:], x.shape[2:]): last[name] = tuple(output.shape[1:])
-    hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules() if name]
-    try:
-        with evaluating(network), _eager(), torch.inference_mode(): logits = network(x)
-    finally:
-        for hook in hooks: hook.remove()
+    hooks = [(module, partial(note, name)) for name, module in network.named_modules() if name]
+    with _hooked(hooks), evaluating(network), _eager(), torch.inference_mode(): logits = network(x)
     return logits, _stages(network, last)
 
 def _stages(network, shapes):
@@ -308,8 +305,6 @@ def classify(model: nn.Module,                         # an image classifier
             logits.append(forward(model, x.to(device), 'fp32').cpu())
         if report: report(min(100 * len(logits), len(images)))
     return Evaluation(torch.cat(logits), torch.from_numpy(images.labels))
-
-def _device(model): return next((p.device for p in model.parameters()), torch.device('cpu'))
 
 # %% ../nbs/10_panel.ipynb #b6ac643b
 def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> Path:
@@ -483,7 +478,7 @@ class Explorer:
         self.mean, self.std = _statistics(model, mean, std)
         self.model, self.images, self.lock = _copied(model), images, Lock()
         self.transform = test_transforms(self.mean, self.std)
-        self.files, self.made, self.said, self.evidence = [], {}, {}, (None, {}, None)
+        self.files, self.made, self.probed, self.evidence = [], {}, {}, (None, {}, None)
         logits, self.stages, self.problem = self._probe()
         self.runs = logits is not None
         if evaluation is not None: logits = _checked(evaluation, images, logits)
@@ -527,7 +522,7 @@ def _checked(evaluation, images, logits):
 
 @patch
 def _probe(self: Explorer):
-    "Logits of the first image, the layers to offer, and why there are none."
+    "Logits of the first image, the layers to offer, and why there are no heatmaps, '' if there can be."
     h, w = self.images.images.shape[1:3]
     try: logits, stages = probe(self.model, self.input(self.images.images[0]))
     except Exception as error:  # whatever the model raises
@@ -563,9 +558,9 @@ def logits(self: Explorer,
           ) -> Tensor | None:
     "The logits of one image, (K,), from the evaluation or a forward pass; None if the model cannot run."
     if key >= 0 and self.evaluation is not None: return self.evaluation.logits[key]
-    if key not in self.said and self.runs:
-        with self.lock: self.said[key] = probe(self.model, self.input(image))[0][0].float().cpu()
-    return self.said.get(key)
+    if key not in self.probed and self.runs:
+        with self.lock: self.probed[key] = probe(self.model, self.input(image))[0][0].float().cpu()
+    return self.probed.get(key)
 
 @patch
 def pick(self: Explorer, view: View) -> Picked | None:
@@ -598,7 +593,7 @@ def heatmaps(self: Explorer,
 
 @patch
 def _make(self: Explorer, picked, method, layers):
-    "Heatmaps of every class; by the gradients of the last image that was explained, if they serve."
+    "Heatmaps of every class, from the gradients recorded for the last image where the method allows it."
     x, few = self.input(picked.pixels), len(self.classes) <= 32  # copies of the image; more would take much memory
     if not few or not uses_gradients(method): return explain(self.model, x, method, layers)
     try:
@@ -626,17 +621,19 @@ def page(self: Explorer, view: View) -> Page:
     picked = self.pick(view)
     if picked is None: return Page(self.note + nothing(view, self.classes))
     image, k = (png(picked.pixels), image_caption(picked, self.classes)), explained_class(view, picked)
-    why = self.problem or obstacle(view, picked)
-    if why: return Page(self.note + why, pictures=(image,), picked=picked, explained=k)
+    if why := self.problem or obstacle(view, picked): return Page(self.note + why, '', (image,), picked, k)
+    why, maps = self._pictures(view, picked)
+    return Page(self.note + why, question(view, picked, self.classes), (image, *maps), picked, k)
+
+@patch
+def _pictures(self: Explorer, view, picked):
+    "Why there are no heatmaps, '' if there are some; and a picture for each layer."
     if waiting := self.request(view, picked):
         passes = sum(self.stages[name][0] for name in waiting[2] if name in self.stages)
-        why = f'{view.method} runs the network once for every channel' + (f', about {passes:,} times.' if passes else '.')
-        return Page(self.note + why, question(view, picked, self.classes), (image,), picked, k)
+        return f'{view.method} runs the network once for every channel' + (f', about {passes:,} times.' if passes else '.'), ()
     try: made = self.heatmaps(picked, view.method, view.layers)
-    except Exception as error:  # whatever the model raises
-        return Page(self.note + _failure(view.method, error), question(view, picked, self.classes), (image,), picked, k)
-    maps = [layer_picture(view, picked, name, made[name]) for name in view.layers]
-    return Page(self.note, question(view, picked, self.classes), (image, *maps), picked, k)
+    except Exception as error: return _failure(view.method, error), ()  # whatever the model raises
+    return '', [layer_picture(view, picked, name, made[name]) for name in view.layers]
 
 @patch
 def request(self: Explorer, view: View, picked: Picked | None) -> tuple | None:
@@ -690,8 +687,7 @@ class Work(Thread):
         self.job, self.request, self.unwanted = job, request, Event()
 
     def run(self):
-        try: self.job(self)
-        except Stopped: self.unwanted.set()
+        with suppress(Stopped): self.job(self)
 
     def stop(self):
         "Ask the job to stop at its next `check`."
@@ -743,7 +739,7 @@ def _number(label):
         1, 1, 1, description=label, style={'description_width': 'initial'}, layout={'width': '120px'})
 
 def _set_number(number, value, count):
-    "The value, and how far it can go, in one message."
+    "Set the number and its maximum in one message."
     with number.hold_sync():
         number.max = max(number.max, value)
         number.value, number.max = value, max(1, count)
@@ -802,7 +798,7 @@ class HeatmapPanel:
         self.lock, self.notice = RLock(), ''
         self.drawing = self.declined = self.classifying = self.computing = self.on_grid = None
         self._classify_or_recall()
-        self.view = self._opening()
+        self.view = self._opening_view()
         self._build()
         self._draw()
         if self.classifying: self.classifying.start()
@@ -810,7 +806,7 @@ class HeatmapPanel:
 # %% ../nbs/10_panel.ipynb #00541582
 @patch
 def _classify_or_recall(self: HeatmapPanel):
-    "Take the kept evaluation, or prepare to make one."
+    "Load the cached evaluation, or prepare to classify the set."
     e = self.explorer
     if e.evaluation is not None or not e.runs: return
     self.file = logits_file(e.model, e.images, e.mean, e.std)
@@ -818,7 +814,7 @@ def _classify_or_recall(self: HeatmapPanel):
     if e.evaluation is None: self.classifying = Work(self._classify)
 
 @patch
-def _opening(self: HeatmapPanel):
+def _opening_view(self: HeatmapPanel):
     "The view to open with: the mistakes if there are any, and the last three layers."
     e = self.explorer
     found = len(select(View(), e.table)) if e.evaluation is not None else e.runs
@@ -826,7 +822,7 @@ def _opening(self: HeatmapPanel):
 
 @patch
 def _classify(self: HeatmapPanel, work):
-    "Classify the set, keep the logits, and begin the list again."
+    "Classify the set, cache the logits, and show the list from its start."
     e = self.explorer
     def report(done): self.progress.value = done
     evaluation = None
@@ -839,17 +835,17 @@ def _classify(self: HeatmapPanel, work):
     with self.lock:
         e.adopt(evaluation)
         self.classifying = None
-        show = self._opening().show if self.view.show == 'wrong' else self.view.show
+        show = self._opening_view().show if self.view.show == 'wrong' else self.view.show
         self.view = replace(self.view, place=1, show=show)
         self._draw()
     Thread(target=self._repeat, daemon=True).start()
 
 @patch
-def _repeat(self: HeatmapPanel, times=3):
-    "Send everything again, a second apart: a page that is still loading can miss what it is told."
-    pause, parts = time.sleep, _inside(self.widget)
-    for _ in range(times):
-        pause(1)
+def _repeat(self: HeatmapPanel):
+    "Send every widget's state three times more, a second apart: a page that is still loading can miss a message."
+    parts = _inside(self.widget)
+    for _ in range(3):
+        time.sleep(1)
         with self.lock:
             for widget in parts: widget.send_state()
 
@@ -910,7 +906,7 @@ def _arrange_image(self: HeatmapPanel):
 # %% ../nbs/10_panel.ipynb #8b85f873
 @patch
 def _connect(self: HeatmapPanel):
-    "Every control into the view."
+    "Connect every control to the view, and every button to its function."
     for name, control in self.controls.items():
         if name not in ('layers', 'own'): self._observe(control, name)
     boxes = self.controls['layers']
@@ -921,12 +917,12 @@ def _connect(self: HeatmapPanel):
     self.previous.on_click(lambda _: self._turn_to(self.page_number.value - 1))
     self.next.on_click(lambda _: self._turn_to(self.page_number.value + 1))
     self.controls['own'].observe(lambda change: self._receive(change['new']), 'value')
-    self.save.on_click(lambda _: self._offer())
-    self.cancel.on_click(lambda _: self._press())
+    self.save.on_click(lambda _: self._offer_png())
+    self.cancel.on_click(lambda _: self._cancel_or_compute())
 
 @patch
 def _observe(self: HeatmapPanel, control, name):
-    "What is chosen in the control becomes a field of the view."
+    "Connect the control to a field of the view."
     def chosen(change):
         if change['new'] is not None: self._choose(**{name: change['new']})
     control.observe(chosen, 'value')
@@ -942,7 +938,7 @@ _LOOK = {'explain', 'difference', 'alpha', 'cmap', 'cells'}  # what changes with
 
 @patch
 def _choose(self: HeatmapPanel, **choices):
-    "A person chose: a new view, and what it shows. Choices that are the panel's own doing are not listened to."
+    "Change the view as a person chose, and draw it. While this thread draws, changes of the controls are the panel's own and ignored."
     if self.drawing == get_ident(): return
     work = self.computing  # another thread may replace it
     if work and not choices.keys() <= _LOOK: work.stop()
@@ -966,7 +962,7 @@ def _receive(self: HeatmapPanel, files):
 # %% ../nbs/10_panel.ipynb #5c22082c
 @patch
 def _draw(self: HeatmapPanel):
-    "The view onto the screen. What the controls say meanwhile is not a person's choice."
+    "Show the view on the screen. `drawing` names this thread meanwhile, so that `_choose` ignores it."
     self.drawing = get_ident()
     try:
         self._draw_list()
@@ -1001,7 +997,7 @@ def _draw_list(self: HeatmapPanel):
     self.thumbs.value = place if len(shown) and self.view.own is None else None
 
 def _set_options(radio, options):
-    "Other options, of which none is chosen yet."
+    "Replace the options, with none chosen, if they differ."
     if tuple(options) != radio.options:
         with radio.hold_sync(): radio.index, radio.options = None, options
 
@@ -1038,12 +1034,12 @@ def _shares(picked):
     return picked.logits.softmax(0).tolist() if picked and picked.predicted >= 0 else []
 
 def _class_options(picked, classes, shares):
-    "What can be explained, as it is said: the image's own classes, then each with its probability."
+    "The options of the class to explain, as (text, value): the image's predicted and true class, then each class with its probability."
     predicted = classes[picked.predicted] if picked and picked.predicted >= 0 else 'none'
     true = picked.label if picked and picked.label else 'not known'
-    said = [f'{_shortened(name, 26)}  {share:.1%}' for name, share in zip(classes, shares)] or classes
+    texts = [f'{_shortened(name, 26)}  {share:.1%}' for name, share in zip(classes, shares)] or classes
     own = [(f'predicted: {_shortened(predicted, 20)}', 'predicted'), (f'true: {_shortened(true, 24)}', 'true')]
-    return own + [(text, k) for k, text in enumerate(said)]
+    return own + [(text, k) for k, text in enumerate(texts)]
 
 def _shortened(name, most):
     "The name; of one longer than `most` characters, its beginning and its end."
@@ -1052,7 +1048,7 @@ def _shortened(name, most):
 # %% ../nbs/10_panel.ipynb #7834641e
 @patch
 def _follow(self: HeatmapPanel, page):
-    "Have made in the background what the page waits for, and stop what nobody waits for."
+    "Start the background work that the page waits for, and stop work that it no longer waits for."
     request, running = self.explorer.request(self.view, page.picked), self.computing
     if running and running.request == request and not running.unwanted.is_set(): return
     if running: running.stop()
@@ -1068,7 +1064,7 @@ def _follow(self: HeatmapPanel, page):
 
 @patch
 def _compute(self: HeatmapPanel, picked, work):
-    "Make the heatmaps that were asked for, pass by pass, and show them."
+    "Compute the requested heatmaps in the background, pass by pass, and draw the page."
     def on_pass(images):
         work.check()
         self.passes.value += images
@@ -1084,7 +1080,7 @@ def _compute(self: HeatmapPanel, picked, work):
         self._draw()
 
 @patch
-def _press(self: HeatmapPanel):
+def _cancel_or_compute(self: HeatmapPanel):
     "Cancel what is being computed, or compute what was cancelled."
     work = self.computing  # another thread may replace it
     if work: work.stop()
@@ -1123,7 +1119,7 @@ def view_png(page: Page,
     return png(np.asarray(canvas))
 
 @patch
-def _offer(self: HeatmapPanel):
+def _offer_png(self: HeatmapPanel):
     "A link under which the browser saves the view."
     page = self.explorer.page(self.view)
     name = re.sub(r'[^\w.-]+', '-', f'{page.picked.name if page.picked else "nothing"}-{self.view.method}.png')

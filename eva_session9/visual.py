@@ -193,7 +193,7 @@ def plot_lr(curve: LRCurve # from `find_lr`
 def _mark_suggestions(axes, curve):
     "The fitted line, a mark on it for each suggestion, and a dotted line at the recommended one."
     axes.plot(curve.lrs, curve.smooth, color=_BLUE, label='fitted')
-    for (name, lr), mark in zip(curve.suggestions.items(), 'o^sDv'):
+    for (name, lr), mark in zip(curve.suggestions.items(), 'o^sD'):
         loss = np.interp(np.log(lr), np.log(curve.lrs), curve.smooth)
         axes.plot(lr, loss, mark, color=_VERMILLION, label=f'{name}: {lr:.2g}')
     axes.axvline(curve.lr, color=_GREY, linestyle=':', linewidth=1)
@@ -207,15 +207,14 @@ def plot_confusion(evaluation: Evaluation, # of N images
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), counts.sum().item()
     title = f'{right:,} of {n:,} images right ({right / n:.2%})'
-    readable = k <= 40
     picture = _picture(title, 1.6 + 0.5 * min(k, 40), 1.2 + 0.42 * min(k, 40), 'constrained')
     axes = picture.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
-    for row, column in counts.nonzero().tolist() if readable else ():
-        axes.text(column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=8,
-                  color='white' if shares[row, column] > 0.55 else 'black')
-    if readable:
+    if k <= 40:
+        for row, column in counts.nonzero().tolist():
+            axes.text(column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=8,
+                      color='white' if shares[row, column] > 0.55 else 'black')
         axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
         axes.set_yticks(range(k), classes, fontsize=8, parse_math=False)
     axes.set_xlabel('predicted', fontsize=9)
@@ -273,14 +272,14 @@ def plot_heatmaps(images: np.ndarray,                # the images explained, uin
 # %% ../nbs/09_visual.ipynb #d09e5897
 def _check_rows(images, maps, labels):
     "Raise unless a row can be drawn for each image."
-    n, across = len(images), maps.shape[1] + 1
+    n, layers = len(images), maps.shape[1]
     expected = (n, maps.shape[-3], *images.shape[1:3])
     if maps.shape != expected:
         raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, '
                          f"expected {expected}; if they were made with target='all', choose one class, such as `heatmaps.of(0)`")
     if len(labels) not in (0, n): raise ValueError(f'plot_heatmaps: found {len(labels)} labels for {n} images, expected one for each, or none')
-    if n * across > MAX_TILES:
-        raise ValueError(f'plot_heatmaps: {n:,} images and {across - 1} layers do not fit one figure; draw at most {MAX_TILES // across} images at a time')
+    if n * (1 + layers) > MAX_TILES:
+        raise ValueError(f'plot_heatmaps: {n:,} images and {layers} layers do not fit one figure; draw at most {MAX_TILES // (1 + layers)} images at a time')
 
 def _heatmap_axes(axes, image, heatmap, status, alpha, cmap):
     "The heatmap over its image; or, where there is none to show, the faded image with the reason."

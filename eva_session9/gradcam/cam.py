@@ -156,7 +156,7 @@ def target_classes(target,                                # as in `CAM.__call__`
     if isinstance(target, str): target = _class_index(target, classes)
     if isinstance(target, list | tuple):
         target = [_class_index(t, classes) if isinstance(t, str) else t for t in target]
-    return _checked(_as_index(target, logits.device), n, k)
+    return _checked_index(_as_index(target, logits.device), n, k)
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #b52fb35b
 def _is_all(target): return isinstance(target, str) and target == 'all'
@@ -176,7 +176,7 @@ def _as_index(target, device):
         raise TypeError(f"target: found {', '.join(sorted(found))}, expected a class, a class for each image, 'all', None, "
                         'or a function of the logits') from error
 
-def _checked(index, n, k):
+def _checked_index(index, n, k):
     "Class indices (N,) from one index or N of them."
     if index.ndim == 0: index = index.expand(n)
     if index.shape != (n,):
@@ -276,13 +276,17 @@ def linear_weight(seen: ForwardPass, # a forward pass
     weight, bias, features, output = seen.linear
     means = seen.nodes[name].detach().mean((2, 3))
     if features.shape != means.shape or output.shape != seen.logits.shape or weight.shape != (output.shape[1], means.shape[1]): return None
-    finite = features.isfinite()  # an image with NaNs must not decide for the others
+    known = features.isfinite().all(1)  # an image with NaNs must not decide for the others
+    same = torch.equal(output[known], seen.logits[known])
+    if not (same and _are_means(features, means) and _is_linear(weight, bias, features[known], output[known])): return None
+    return _at_least_float32(weight.detach())
+
+def _are_means(features, means):
+    "Are the features these spatial means, but for rounding?"
+    finite = features.isfinite()
     size = features.where(finite, 0).abs()
     rounding = 2 * torch.finfo(features.dtype).eps * size + 32 * torch.finfo(torch.float32).eps * size.amax(1, keepdim=True)
-    same = torch.equal(finite, means.isfinite()) and ((features - means).abs() <= rounding)[finite].all()
-    known = finite.all(1)
-    same = same and torch.equal(output[known], seen.logits[known]) and _is_linear(weight, bias, features[known], output[known])
-    return _at_least_float32(weight.detach()) if same else None
+    return torch.equal(finite, means.isfinite()) and ((features - means).abs() <= rounding)[finite].all()
 
 def _is_linear(weight, bias, features, output):
     "Is the output `features @ weight.T + bias`, but for rounding? A subclass or a hook may do something else."
@@ -300,9 +304,9 @@ def gradients(seen: ForwardPass # a forward pass with an autograd graph
     yield first
     if not seen.all_classes: return
     weights = {name: linear_weight(seen, name) for name in seen.nodes}
-    known = all(weight is not None and _same(first[name], _spread(weight[0], first[name]), seen) for name, weight in weights.items())
+    by_formula = all(weight is not None and _same(first[name], _spread(weight[0], first[name]), seen) for name, weight in weights.items())
     for t in range(1, seen.scores.shape[1]):
-        if known: yield {name: _spread(weights[name][t], a) for name, a in seen.activations.items()}
+        if by_formula: yield {name: _spread(weights[name][t], a) for name, a in seen.activations.items()}
         else: yield _backward(seen, t)
 
 def _same(gradient, expected, seen):

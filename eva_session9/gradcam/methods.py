@@ -141,7 +141,7 @@ def _channel_scores(seen, logits):
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #f5eb1982
 def _finished_before(model, layer, images):
-    "Modules that finished before the last run of `layer`, then `layer`, with outputs; a module stands for all inside it."
+    "(module, output) of each module that finished before the last run of `layer`, then of `layer`; an outer module stands for all inside it."
     done, opened, before = [], [], []
     def enter(module, inputs, options):
         opened.append((len(done), [(x, x._version) for x in (*inputs, *options.values()) if isinstance(x, Tensor)]))
@@ -167,7 +167,7 @@ def _repeatable(output, versions):
 # %% ../../nbs/08b_gradcam.methods.ipynb #d969f940
 @contextmanager
 def _handing_out(outputs):
-    "Modules give the outputs of (module, iterator of tensors) pairs in turn, and then run as usual."
+    "Context manager: each module returns the tensors of its iterator one after the other, and then runs as usual; `outputs` is module -> iterator."
     own = {module: module.__dict__.get('forward') for module in outputs}
     try:
         for module, given in outputs.items(): module.forward = partial(_next_or_run, given, module.forward)
