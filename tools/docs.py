@@ -24,6 +24,7 @@ STAGE, SITE = ROOT / '_stage', ROOT / '_docs'
 FILES = {  # of the repository -> what its page is about
     'CONTRIBUTING': 'How the library is built, why it has this form, and how to change it.',
     'CHANGELOG': 'What each version brought.'}
+PACKAGES = ('torch', 'collections', 'pathlib', 'numpy', 'albumentations', 'typing', 'torchinfo', 'eva_session9')  # left out of types in signatures
 NOT_OF_SMALLDOCS = ('output-file', 'jupyter', 'execute')  # keys that nbdev writes into a page's head
 
 
@@ -75,6 +76,13 @@ def in_order(cells, module):
     return ordered
 
 
+def shortened(signature):
+    "The signature with types by their last names, as a reader writes them, and without addresses in memory."
+    signature = re.sub(r'<contextlib\.nullcontext object at 0x\w+>', 'nullcontext()', signature)
+    signature = re.sub(rf"\b(?:{'|'.join(PACKAGES)})(?:\.[a-z_]\w*)*\.(?=[A-Z])", '', signature)
+    return signature.replace(')->', ') -> ')
+
+
 def as_read(text, module):
     "Signatures of properties without a call, and of classes with their base where nbdev knows no parameters."
     def of_property(signature):
@@ -87,6 +95,7 @@ def as_read(text, module):
         if not isinstance(kind, type): return signature[0]
         return f'class {signature[1]}({kind.__base__.__name__}):' if kind.__base__ is not object else f'class {signature[1]}:'
     text = re.sub(r'(### (\w+)\.(\w+)\n\n```python\n)def \3\(\)->(.*):', of_property, text)
+    if '```python' in text: text = shortened(text)
     return re.sub(r'def (\w+)\(\n    \*args, \*\*kw(?:args|ds)\n\):', of_class, text)
 
 
@@ -102,6 +111,7 @@ def staged(path, home, source):
         for output in cell.get('outputs', []):
             for kind, text in output.get('data', {}).items():
                 if kind in ('text/html', 'text/markdown'): output.data[kind] = as_read(relinked(text, home, source), module)
+    notebook.cells.append(nbformat.v4.new_markdown_cell(f'[This page as a notebook]({source}/nbs/{path.name})'))
     head = notebook.cells[0]
     if head.cell_type == 'raw':
         lines = [line for line in head.source.splitlines() if line.split(':')[0] not in NOT_OF_SMALLDOCS]
@@ -132,7 +142,7 @@ def made_pages(cache):
     for name, description in FILES.items():
         title, _, text = (ROOT / f'{name}.md').read_text().removeprefix('# ').partition('\n')
         page(name.lower(), title, description, text)
-    return [{'section': 'API', 'contents': ['api.md']}, {'section': 'Project', 'contents': [f'{name.lower()}.md' for name in FILES]}]
+    return [{'section': 'Reference', 'contents': ['api.md']}, {'section': 'Project', 'contents': [f'{name.lower()}.md' for name in FILES]}]
 
 
 def stage(cache):
@@ -161,7 +171,7 @@ def without_network():
 
 class Prose(HTMLParser):
     "The words below each heading of a page, by its anchor, without code."
-    code = {'pre', 'script', 'style', 'nav', 'button'}
+    code = {'pre', 'script', 'style', 'nav', 'button', 'summary'}
 
     def __init__(self, path):
         super().__init__()
