@@ -51,7 +51,7 @@ def _config(name, epochs=None):
     else:
         try: config = config_from(json.loads(Path(name).read_text()))
         except FileNotFoundError as error: raise ValueError(f'--config {name}: no such file') from error
-        except (ValueError, TypeError, AttributeError) as error: raise ValueError(f'--config {name}: {error}') from error
+        except (ValueError, TypeError) as error: raise ValueError(f'--config {name}: {error}') from error
     return config if epochs is None else replace(config, epochs=epochs)
 
 # %% ../nbs/11_cli.ipynb #069e30f7
@@ -229,8 +229,8 @@ def eva9_explain(
 def _read_images(paths, size):
     "The files that can be read as images, their pixels, and the reasons why others cannot."
     import numpy as np
-    from eva_session9.data import fit_square, read_image
-    found = [file for path in map(Path, paths) for file in (_visible_files(path) if path.is_dir() else [path])]
+    from eva_session9.data import _visible, fit_square, read_image
+    found = [file for path in map(Path, paths) for file in (filter(Path.is_file, _visible(path)) if path.is_dir() else [path])]
     files, pictures, bad = [], [], []
     for file in found:
         try: pictures.append(fit_square(read_image(file), size))
@@ -238,8 +238,6 @@ def _read_images(paths, size):
         else: files.append(file)
     print(f'{len(files)} image{"s" * (len(files) != 1)}, shorter side resized to {size} pixels and cropped to the centre', file=sys.stderr)
     return files, np.stack(pictures) if pictures else None, bad
-
-def _visible_files(folder): return [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != '.']
 
 # %% ../nbs/11_cli.ipynb #d66e758d
 def _heatmaps(model, pictures, method, layers):

@@ -140,8 +140,8 @@ class Lookahead:
 def _learned(model):
     "What a model learns, by name: its parameters, and the running statistics of its normalisation."
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    found = {f'{name}.{key}'.lstrip('.'): value for name, module in norms for key, value in module.named_buffers() if value.is_floating_point()}
-    return dict(model.named_parameters()) | found
+    statistics = {key: value for name, module in norms for key, value in module.named_buffers(name) if value.is_floating_point()}
+    return dict(model.named_parameters()) | statistics
 
 # %% ../nbs/05a_optim.ipynb #b5e168c8
 def zero_gamma(model: nn.Module # changed in place

@@ -369,13 +369,15 @@ def map_caption(name: str,               # of the layer
                 difference: bool = False # whether `raw` is the difference of two maps
                ) -> tuple[str, bool]:
     "Caption (layer, size of the raw map, its extremes, and its status if not `OK`), and whether the map can be drawn."
-    (h, w), code, top = raw.shape, Status(Status.of(raw).item()), raw.abs().max()
-    lines = [name, f'{h} x {w} cells', f'raw maximum {raw.max():.3g}']
-    if difference:
-        lines[2] = f'raw from {raw.min():.3g} to {raw.max():.3g}'
-        code = Status.NON_FINITE if not raw.isfinite().all() else Status.UNIFORM if top <= 1e-12 else Status.OK
-    if code != Status.OK: lines.append(str(code))
-    return '\n'.join(lines), code == Status.OK
+    (h, w), status = raw.shape, _signed_status(raw) if difference else Status(Status.of(raw).item())
+    extremes = f'raw from {raw.min():.3g} to {raw.max():.3g}' if difference else f'raw maximum {raw.max():.3g}'
+    lines = [name, f'{h} x {w} cells', extremes] + ([] if status == Status.OK else [str(status)])
+    return '\n'.join(lines), status == Status.OK
+
+def _signed_status(raw):
+    "The status of a map that is drawn with its sign: uniform if it is zero everywhere."
+    if not raw.isfinite().all(): return Status.NON_FINITE
+    return Status.UNIFORM if raw.abs().max() <= 1e-12 else Status.OK
 
 def lines_html(text: str # plain text
               ) -> str:

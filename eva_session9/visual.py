@@ -85,14 +85,14 @@ def _curve_axes(axes, title, xlabel):
     axes.set_axisbelow(True)
     axes.spines[['top', 'right']].set_visible(False)
 
-def _legend(axes, place='best'):
+def _legend(axes):
     "A legend without a frame, over whatever is behind it."
-    axes.legend(loc=place, fontsize=8, facecolor='white', edgecolor='none', framealpha=0.8, borderpad=0.2)
+    axes.legend(loc='best', fontsize=8, facecolor='white', edgecolor='none', framealpha=0.8, borderpad=0.2)
 
 # %% ../nbs/09_visual.ipynb #4b6c1aa8
-def _tiles(title, images, labels, across=8):
-    "Every image with its label, at most `across` in a row, the rows as even as they can be."
-    rows = ceil(len(images) / across)
+def _tiles(title, images, labels):
+    "Every image with its label, at most eight in a row, the rows as even as they can be."
+    rows = ceil(len(images) / 8)
     columns = ceil(len(images) / rows)
     labels = [_wrapped(label, 13) for label in labels]
     more = max((label.count('\n') for label in labels), default=0)

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #fb3ffc9f
-def _stretch(maps, eps=1e-7):
+def _stretch(maps):
     "Each map of (..., h, w) from its own minimum and maximum to 0 and 1."
     maps = maps - maps.amin((-2, -1), keepdim=True)
-    return maps / (maps.amax((-2, -1), keepdim=True) + eps)
+    return maps / (maps.amax((-2, -1), keepdim=True) + 1e-7)
 
 def _enlarge(raw, status, size):
     "Raw maps (..., h, w) to (..., *size): ReLU, stretched at their own size, bilinear. A map that is not OK is zero."
@@ -122,8 +122,9 @@ def find_layers(model: nn.Module,                                     # the netw
     if not isinstance(model, nn.Module): raise TypeError(f'model: found {type(model).__name__}, expected an nn.Module')
     modules = {name.replace('_orig_mod.', '').replace('._orig_mod', ''): module
                for name, module in model.named_modules(remove_duplicate=False)}
-    several, found = isinstance(layers, Iterable) and not isinstance(layers, str | nn.Module), {}
-    for layer in layers if several else [layers]:
+    if isinstance(layers, str | nn.Module) or not isinstance(layers, Iterable): layers = [layers]
+    found = {}
+    for layer in layers:
         name = layer if isinstance(layer, str) else _name_of(layer, modules)
         if name not in modules:
             close = get_close_matches(name, modules, n=3) or [name for name, _ in model.named_children()]
