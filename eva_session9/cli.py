@@ -51,7 +51,7 @@ def _config(name, epochs=None):
     else:
         try: config = config_from(json.loads(Path(name).read_text()))
         except FileNotFoundError as error: raise ValueError(f'--config {name}: no such file') from error
-        except (ValueError, TypeError) as error: raise ValueError(f'--config {name}: {error}') from error
+        except (OSError, ValueError, TypeError, RecursionError) as error: raise ValueError(f'--config {name}: {error}') from error
     return config if epochs is None else replace(config, epochs=epochs)
 
 # %% ../nbs/11_cli.ipynb #069e30f7
@@ -62,7 +62,7 @@ def _sets(data, root=None, limit=None, size=32):
     _check_limit(limit)
     if data == 'shapes': return shapes(limit or 4000, seed=0), shapes(min(limit or 1000, 1000), seed=1)
     if data == 'cifar10': sets = cifar10(root)
-    elif Path(data).is_dir(): sets = image_folder(data, size)
+    elif data and Path(data).is_dir(): sets = image_folder(data, size)  # '' would be the current folder
     else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
 

@@ -11,6 +11,7 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'ImageSet', 'cifar10', 'read_image', 'fit_
 import hashlib
 import io
 import struct
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # %% ../nbs/01_data.ipynb #ad9c4bf2
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class ImageSet:
     masks: np.ndarray | None = None  # bool (N, H, W): ground-truth masks of the objects, if known
 
     def __post_init__(self):
+        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f'ImageSet: classes: found {self.classes!r}, expected a tuple of names')
         object.__setattr__(self, 'classes', tuple(self.classes))
         _check_set(self)
 
@@ -38,7 +41,7 @@ class ImageSet:
     def subset(self, indices # anything that indexes a NumPy array
               ) -> 'ImageSet':
         "The images at `indices`, in that order."
-        if not isinstance(indices, slice): indices = np.asarray(indices)
+        if not isinstance(indices, slice): indices = np.asarray(indices, None if len(indices) else np.int64)
         masks = None if self.masks is None else self.masks[indices]
         return ImageSet(self.images[indices], self.labels[indices], self.classes, masks)
 
@@ -98,7 +101,7 @@ def read_image(file: str | Path | BinaryIO # a path, or a file open for reading 
     """A PNG, JPEG or WebP image of any mode, as RGB. Another format, a damaged file, or one above `MAX_BYTES` or `MAX_PIXELS` raises `ValueError`.
 
     The EXIF orientation is applied. Gray is repeated, 16-bit gray keeps its upper eight bits, transparency is composited
-    on white, palettes and CMYK are converted without colour profiles, and an animation gives its first frame."""
+    on white (a single transparent colour only in files of 8 bits, and of 16 in gray), palettes and CMYK are converted without colour profiles, and an animation gives its first frame."""
     data, name = _read_bytes(file)
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
@@ -150,7 +153,10 @@ def fit_square(image: np.ndarray, # uint8 (H, W, 3)
                size: int          # pixels a side of the result
               ) -> np.ndarray: # uint8 (size, size, 3)
     "The largest centred square of `image`, resized with antialiasing (bicubic)."
-    return np.array(ImageOps.fit(Image.fromarray(image), (size, size), Image.Resampling.BICUBIC))
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2  # whole pixels: half of one would blur what needs no resizing
+    return np.array(Image.fromarray(image[top:top + side, left:left + side]).resize((size, size), Image.Resampling.BICUBIC))
 
 # %% ../nbs/01_data.ipynb #24b64b13
 def image_folder(path: str | Path, # folder with `train` and `test`, each with one folder per class; or with the class folders themselves
@@ -159,8 +165,8 @@ def image_folder(path: str | Path, # folder with `train` and `test`, each with o
                 ) -> tuple[ImageSet, ImageSet]: # train and test
     """Images from one folder per class, cropped to centred squares. Without `train` and `test`, a fifth of each class becomes the test set.
 
-    Files that are not images, empty classes and classes in only one of `train` and `test` raise `ValueError`, which names
-    them. Files and folders whose names begin with a dot are skipped."""
+    Files that are not images, empty classes, links to nothing and classes in only one of `train` and `test` raise `ValueError`,
+    which names them; other folders beside `train` and `test` give a warning. Files and folders whose names begin with a dot are skipped."""
     if size < 1: raise ValueError(f'size: found {size}, expected 1 or more pixels a side')
     train, test = _parts(Path(path), seed)
     lone = sorted(train.keys() ^ test.keys())
@@ -176,12 +182,14 @@ def _parts(path, seed):
     found = [part for part in ('train', 'test') if (path / part).is_dir()]
     if len(found) == 1: raise ValueError(f'{path}: found {found[0]} alone, expected both train and test, or only class folders; '
                                          f'add the other folder, or rename {found[0]} if it is a class')
+    beside = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name[0] != '.' and p.name not in found) if found else []
+    if beside: warnings.warn(f'{path}: {beside} beside train and test are not used; to use them, move their images into train or test')
     return (_class_files(path / 'train'), _class_files(path / 'test')) if found else _split(_class_files(path), seed)
 
 def _class_files(folder):
     "Class name -> its files, both sorted."
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: no such folder')
-    files = {p.name: _visible(p) for p in _visible(folder) if p.is_dir()}
+    files = {p.name: _visible(p) for p in _visible(folder) if _is_class(p)}
     if len(files) < 2: raise ValueError(f'{folder}: found {len(files)} class folder{"s" * (len(files) != 1)}, expected two or more; '
                                         'put the images of each class into a folder of its own')
     empty = [name for name in files if not files[name]]
@@ -192,17 +200,23 @@ def _class_files(folder):
                                 'or give the folder that contains the class folders')
     return files
 
+def _is_class(path):
+    "Whether the path is a class folder; raises for a link to nothing and for a name that no figure could show."
+    if path.is_symlink() and not path.exists(): raise ValueError(f'{path}: is a link to nothing, expected a folder of images; mend or remove it')
+    if path.is_dir() and not path.name.isprintable(): raise ValueError(f'{str(path)!r}: found a class folder whose name cannot be shown; rename it')
+    return path.is_dir()
+
 def _visible(folder): return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
 
 def _split(files, seed):
-    "Four fifths and one fifth of each class, at least one image in either."
+    "Four fifths and one fifth of each class, at least one image in either; drawn by name, so that a file keeps its side when others are added."
     few = [name for name in files if len(files[name]) < 2]
     if few: raise ValueError(f'found only one image of {few}, expected two or more, at least one to train on and one to test on; add images')
     train, test = {}, {}
-    for k, name in enumerate(files):
-        order = np.random.default_rng((seed, k)).permutation(len(files[name]))
-        fifth = max(1, round(len(order) / 5))
-        train[name], test[name] = ([files[name][i] for i in sorted(part)] for part in (order[fifth:], order[:fifth]))
+    for name in files:
+        drawn = sorted(files[name], key=lambda file: hashlib.sha256(f'{seed}/{name}/{file.name}'.encode(errors='surrogateescape')).digest())
+        fifth = max(1, round(len(drawn) / 5))
+        train[name], test[name] = sorted(drawn[fifth:]), sorted(drawn[:fifth])
     return train, test
 
 # %% ../nbs/01_data.ipynb #df75cbf4

@@ -205,18 +205,20 @@ class Evaluation:
         return self.logits.softmax(1).amax(1)
     @property
     def accuracy(self) -> float:
-        "Fraction of the images that are classified correctly."
-        return (self.predictions == self.labels).double().mean().item()
+        "Fraction of the images that are classified correctly. One whose logits are not finite counts as a mistake."
+        return self._right.double().mean().item()
     @property
     def misclassified(self) -> Tensor:
         "Indices of the mistakes, the most confident first."
-        wrong = (self.predictions != self.labels).nonzero().flatten()
+        wrong = (~self._right).nonzero().flatten()
         return wrong[self.confidence[wrong].argsort(descending=True, stable=True)]
     @property
     def confusion(self) -> Tensor:
-        "The confusion matrix, int64 (K, K): rows are true classes, columns predicted classes."
-        k = self.logits.shape[1]
-        return torch.bincount(self.labels * k + self.predictions, minlength=k * k).view(k, k)
+        "The confusion matrix, int64 (K, K): rows are true classes, columns predicted classes. Images whose logits are not finite are left out."
+        k, finite = self.logits.shape[1], self.logits.isfinite().all(1)
+        return torch.bincount((self.labels * k + self.predictions)[finite], minlength=k * k).view(k, k)
+    @property
+    def _right(self): return (self.predictions == self.labels) & self.logits.isfinite().all(1)
 
     def require(self,
                 images: ImageSet # the set that should have been tested

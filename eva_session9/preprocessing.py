@@ -17,6 +17,7 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 
 # %% ../nbs/02_preprocessing.ipynb #42971221
 import random
+import warnings
 from itertools import zip_longest
 
 import albumentations as A
@@ -50,6 +51,9 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
     return torch.stack([transform(image=image)['image'] for image in images])
 
 def _normalized(mean, std):
+    for name, values in (('mean', mean), ('std', std)):
+        if len(values) != 3: raise ValueError(f'{name}: found {tuple(values)}, expected three numbers, one a channel')
+    if not all(0 <= m <= 1 for m in mean): raise ValueError(f'mean: found {tuple(mean)}, expected 0 to 1; divide by 255')
     if not all(s > 0 for s in std): raise ValueError(f'std: found {tuple(std)}, expected more than 0; '
                                                      'a channel whose pixels are all equal cannot be normalised')
     return [A.Normalize(mean=mean, std=std), ToTensorV2()]
@@ -103,7 +107,9 @@ class KeyedDataset(Dataset):
         epoch, index = key
         _reseed(self.transform, self.seed, epoch, index)
         told = {'key': (self.seed, int(epoch), int(index))} if 'key' in self.transform.available_keys else {}
-        return self.transform(image=self.images.images[index], **told)['image'], int(self.images.labels[index])
+        x = self.transform(image=self.images.images[index], **told)['image']
+        if not isinstance(x, Tensor): raise TypeError(f'transform: gave {type(x).__name__}, expected a tensor; end it with ToTensorV2, at p=1')
+        return x, int(self.images.labels[index])
 
 def _check_transform(transform, kind):
     "Raise unless the transform is one of Albumentations, which the key decides about and twins can replace."
@@ -126,7 +132,9 @@ class KeyedSampler(Sampler):
         if not self.shuffle: return list(range(self.n))
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.n).tolist()
 
-    def __iter__(self): return ((self.epoch, index) for index in self.order())
+    def __iter__(self):
+        epoch = self.epoch  # of this pass, whatever is set while it goes on
+        return ((epoch, index) for index in self.order())
 
 # %% ../nbs/02_preprocessing.ipynb #181b610f
 class Keyed:
@@ -466,6 +474,10 @@ def _check_sets(config, train_set, test_set):
         if height != width and (config.crop or config.sizes):
             raise ValueError(f'found images of {height} x {width} pixels, expected squares, as the recipe has a crop or sizes; '
                              'crop them with `data.fit_square`')
+    trained, tested = config.sizes[-1] if config.sizes else train_set.images.shape[1], test_set.images.shape[1]
+    if trained != tested:
+        warnings.warn(f'images: the last epochs train at {trained} pixels a side, the test images have {tested}, and a network does worse at a size that '
+                      f'it was not trained on; ' + (f'end Config.sizes with {tested}' if config.sizes else 'make both of one size'))
     if train_set.classes == test_set.classes: return
     first = next(pair for pair in zip_longest(train_set.classes, test_set.classes) if pair[0] != pair[1])
     raise ValueError('classes: found {!r} in the training set where the test set has {!r}, expected the same in the same order'.format(*first))

@@ -16,7 +16,7 @@ import os
 import warnings
 from contextlib import suppress
 from importlib.resources import files
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -55,10 +55,11 @@ def save_model(model: nn.Module,                   # a network of this library, 
     "Write the weights to `path` and the card beside them as JSON. A card that does not fit the model, or weights too large for `dtype`, raise `ValueError`, a failed write `CheckpointError`."
     path = Path(path)
     if path.suffix != '.safetensors': raise ValueError(f'path: found {path}, expected a name that ends in .safetensors')
+    if not dtype.is_floating_point: raise ValueError(f'dtype: found {dtype}, expected a floating-point one, such as torch.float16')
     _check_card(card, model)
-    state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous().clone() for k, v in model.state_dict().items()}  # tied weights are written twice
     for name, value in model.state_dict().items():
-        if value.isfinite().all() and not state[name].isfinite().all(): raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
+        if (value.cpu().isfinite() & ~state[name].isfinite()).any(): raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
     text = json.dumps(card, indent=1)
@@ -70,6 +71,13 @@ def _check_keys(card):
     "Raise `ValueError` unless the card says all that it takes to build and to use a model."
     missing = [key for key in ('architecture', 'classes', 'mean', 'std', 'size') if key not in card]
     if missing: raise ValueError(f"the card lacks {', '.join(missing)}")
+    def wrong(key, expected): return ValueError(f'card: found {key} {card[key]!r}, expected {expected}')
+    if not isinstance(card['classes'], list | tuple) or not all(isinstance(name, str) for name in card['classes']): raise wrong('classes', 'a list of names')
+    if type(card['size']) is not int or card['size'] < 1: raise wrong('size', 'a whole number of pixels')
+    for key in ('mean', 'std'):
+        numbers = card[key] if isinstance(card[key], list | tuple) else []
+        if len(numbers) != 3 or not all(isinstance(n, Real) and 0 <= n <= 1 for n in numbers): raise wrong(key, 'three numbers from 0 to 1')
+    if not isinstance(card.get('command', ''), str): raise wrong('command', 'a text')
 
 def _check_card(card, model):
     "Raise `ValueError` unless the card is of this model."
@@ -77,7 +85,7 @@ def _check_card(card, model):
     name, k = card['architecture'], len(card['classes'])
     if name not in ARCHITECTURES: raise ValueError(f"card: found architecture {name!r}, expected one of {', '.join(ARCHITECTURES)}")
     with torch.device('meta'): expected = make_model(name, k)
-    shapes, found = ({key: value.shape for key, value in m.state_dict().items()} for m in (expected, model))
+    shapes, found = ({key: value.shape for key, value in m.state_dict().items() if isinstance(value, torch.Tensor)} for m in (expected, model))
     if found != shapes: raise ValueError(f'card: found {name!r} with {k} class{"es" * (k != 1)}, '
                                          'but the weights of the model have other names or '
                                          'shapes; correct the card, or if the model is a wrapper (such as of torch.compile), pass the network in it')
@@ -125,7 +133,7 @@ def save_checkpoint(folder: str | Path, # of the run
                     epoch: int,         # epochs done
                     state: dict         # tensors and plain types only
                    ) -> Path: # of the manifest
-    "Write the state after `epoch` epochs, then delete all but the newest two checkpoints."
+    "Write the state after `epoch` epochs, then delete all other checkpoints but the newest."
     folder, buffer = Path(folder), io.BytesIO()
     for orphan in folder.glob('epoch-*.part'): orphan.unlink()
     torch.save(state, buffer)
@@ -133,7 +141,8 @@ def save_checkpoint(folder: str | Path, # of the run
     manifest = {'schema': 1, 'epoch': epoch, 'bytes': len(blob), 'sha256': hashlib.sha256(blob).hexdigest()}
     write_atomically(path, blob)
     write_atomically(path.with_suffix('.json'), json.dumps(manifest).encode())
-    for old in checkpoints(folder)[:-2]:
+    others = [file for file in checkpoints(folder) if file != path.with_suffix('.json')]
+    for old in others[:-1]:
         for file in (old.with_suffix('.pt'), old): file.unlink(missing_ok=True)
     return path.with_suffix('.json')
 
@@ -160,5 +169,5 @@ def _read(manifest):
         if hashlib.sha256(blob).hexdigest() != expected['sha256']:
             raise CheckpointError(f'{manifest.with_suffix(".pt")}: damaged (sha256 differs from its manifest)')
         return torch.load(io.BytesIO(blob), weights_only=True, map_location='cpu')
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
+    except (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f'{manifest}: unreadable ({type(error).__name__}: {error})') from error

@@ -205,9 +205,10 @@ def plot_confusion(evaluation: Evaluation, # of N images
     "Confusion matrix: images per true class (rows) and predicted class (columns), shaded by share of the row; above 40 classes, without numbers and names."
     counts, k = evaluation.confusion, len(classes)
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
-    right, n = counts.trace().item(), counts.sum().item()
+    right, n = counts.trace().item(), len(evaluation.labels)
     title = f'{right:,} of {n:,} images right ({right / n:.2%})'
-    picture = _picture(title, 1.6 + 0.5 * min(k, 40), 1.2 + 0.42 * min(k, 40), 'constrained')
+    names = [_wrapped(name, 24) for name in classes]
+    picture = _picture(title, *_matrix_size(names), 'constrained')
     axes = picture.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
@@ -215,11 +216,18 @@ def plot_confusion(evaluation: Evaluation, # of N images
         for row, column in counts.nonzero().tolist():
             axes.text(column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=8,
                       color='white' if shares[row, column] > 0.55 else 'black')
-        axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
-        axes.set_yticks(range(k), classes, fontsize=8, parse_math=False)
+        axes.set_xticks(range(k), names, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
+        axes.set_yticks(range(k), names, fontsize=8, parse_math=False)
     axes.set_xlabel('predicted', fontsize=9)
     axes.set_ylabel('true', fontsize=9)
     return picture
+
+def _matrix_size(names):
+    "Width and height, in inches, of a confusion matrix with these names beside and below it; of more than 40, with none."
+    if len(names) > 40: return 21.6, 18.0
+    lines = [name.split('\n') for name in names]
+    room, most = 0.06 * max(0, max(len(line) for name in lines for line in name) - 12), max(map(len, lines))
+    return tuple(margin + room + (cell + 0.13 * (most - 1)) * len(names) for margin, cell in ((1.6, 0.5), (1.2, 0.42)))
 
 # %% ../nbs/09_visual.ipynb #3d994c1f
 @lru_cache
