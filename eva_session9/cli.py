@@ -92,7 +92,7 @@ def eva9_train(
     with _one_line_errors('eva9_train'), _distributed() as process:
         from torch.backends import cudnn
         from eva_session9.config import seed_everything
-        from eva_session9.engine import _place, fit, test
+        from eva_session9.engine import _world_size, fit, test
         from eva_session9.models.resnet import make_model
         from eva_session9.preprocessing import recipe_batches
         recipe, sets, out = _config(config, epochs), _sets(data, root, limit), Path(out)
@@ -103,7 +103,7 @@ def eva9_train(
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
         if process: return  # only the first process writes
         evaluation = test(model, test_batches, history.precision)
-        history.command = _launcher(_place()[1]) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
+        history.command = _launcher(_world_size()) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
         tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
         history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')

@@ -115,7 +115,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
     model.train()
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for i, batch in enumerate(progress := _one_pass(batches, label)):
-        x, y = _pair(batch, device)
+        x, y = _checked_pair(batch, device)
         try: batch_loss, logits = step(model, x, y, optimizer, precision)
         except FloatingPointError as error: raise FloatingPointError(_where(error, batches, i)) from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
@@ -136,23 +136,27 @@ def _one_pass(batches, label):
 
 def _progress(*arguments, **options):
     "A progress bar, which only the first process shows."
-    if _place()[0]: options['disable'] = True
+    if _rank(): options['disable'] = True
     return tqdm(*arguments, **options)
 
-def _place():
-    "The rank of this process, and the world size: how many train together, inside `distributed`."
-    return (dist.get_rank(), dist.get_world_size()) if _together else (0, 1)
+def _rank():
+    "The number of this process among those that train together, inside `distributed`."
+    return dist.get_rank() if _together else 0
+
+def _world_size():
+    "How many processes train together."
+    return dist.get_world_size() if _together else 1
 
 _together = False
 
 def _summed(device, *numbers):
     "The numbers, each summed over all processes that train together."
-    if _place()[1] == 1: return numbers
+    if _world_size() == 1: return numbers
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
 
-def _pair(batch, device):
+def _checked_pair(batch, device):
     "The images and labels of a batch on the device, or an error that says what the batch holds."
     parts = batch if isinstance(batch, list | tuple) else [batch]
     if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
@@ -241,7 +245,7 @@ def test(model: nn.Module,        # on its device; its train flags are restored
         model.eval()
         with torch.no_grad():  # not in inference mode, whose tensors a model may keep for training
             for batch in _one_pass(batches, 'test'):
-                x, y = _pair(batch, device)
+                x, y = _checked_pair(batch, device)
                 try: logits.append(forward(model, x, precision).cpu())
                 except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
                 labels.append(y.cpu())
@@ -402,9 +406,9 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     _check_arguments(model, train_batches, test_batches, config, out, resume)
     device = pick_device(device)
     _move(model, device, train_batches, test_batches)
-    with _alone(out):
-        history, state = _by_first(lambda: _start(model, train_batches, config, device, out, resume))
-        if test_batches is not None and not _ours(test_batches): _try(model, test_batches, history.precision)  # of ours, `_move` did
+    with _locked(out):
+        history, state = _on_first(lambda: _start(model, train_batches, config, device, out, resume))
+        if test_batches is not None and not _ours(test_batches): _dry_run(model, test_batches, history.precision)  # of ours, `_move` did
         network, parts, step = _begin(model, train_batches, history, state, device, out)
         keep = partial(_keep, out, parts, train_batches, history)
         if not state: keep()
@@ -422,13 +426,13 @@ def _move(model, device, train_batches, test_batches):
     "Move the model to the device. There it needs an output for each class of the sets, and shapes of all its layers."
     if device.type == 'cpu': _keep_memory()
     for batches in (train_batches, test_batches): _check_classes(model.to(device), batches)
-    if any(map(is_lazy, model.parameters())): _try(model, train_batches, 'fp32')  # which gives them their shapes
+    if any(map(is_lazy, model.parameters())): _dry_run(model, train_batches, 'fp32')  # which gives them their shapes
 
 def _begin(model, batches, history, state, device, out):
     "The network as it is trained, what a run changes, by name, and the step; new, or as the checkpoint has them."
     config = history.config
-    if _place()[0] and not state and config.precision == 'auto': next(iter(batches))  # which the first has drawn to measure
-    network, one_step = _fastest(prepare(model, history.precision), config, device)
+    if _rank() and not state and config.precision == 'auto': next(iter(batches))  # which the first has drawn to measure
+    network, one_step = _accelerated(prepare(model, history.precision), config, device)
     parts = _parts(model, config, len(batches))
     if state: _restore(parts, state, out)
     _check_finite(model, 'before the first step; make or load the model anew')
@@ -444,15 +448,15 @@ def _parts(model, config, steps):
 
 def _keep(out, parts, batches, history):
     "Write a checkpoint, if there is a folder; of several processes, the first one does."
-    if out is not None and _place()[0] == 0: save_checkpoint(out, len(history.epochs), _state(parts, batches, history))
+    if out is not None and _rank() == 0: save_checkpoint(out, len(history.epochs), _state(parts, batches, history))
 
 # %% ../nbs/06_engine.ipynb #f30e66e5
 def _epoch(network, step, parts, train_batches, test_batches, config, precision, epoch):
     "Train for one epoch and test, if there is something to test on; the scores by name."
     if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
-    _same_draws(next(network.parameters()).device)
+    _sync_generators(next(network.parameters()).device)
     trained = train(network, _shared(train_batches, network), parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
-    _agree(parts['model'])
+    _sync_buffers(parts['model'])
     _check_finite(parts['model'], f'after epoch {epoch + 1}; make the model anew and start again with a lower learning rate'
                                   + ', in another folder if checkpoints are kept' * (epoch > 0))
     if not config.warmup: parts['schedule'].step()
@@ -487,9 +491,9 @@ def _resized(x, size):
     if x.shape[2] != x.shape[3]: raise ValueError(f'images: found {x.shape[2]} x {x.shape[3]} pixels, expected square ones, as the recipe has sizes; crop them')
     return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
-def _fastest(model, config, device):
+def _accelerated(model, config, device):
     "The network and the step to train it with: wrapped for several processes, or on a GPU, if the recipe says `compile`, compiled and recorded."
-    if _place()[1] > 1: return DistributedDataParallel(model), train_step
+    if _world_size() > 1: return DistributedDataParallel(model), train_step
     if not config.compile or device.type != 'cuda': return model, train_step
     if find_spec('triton'): return torch.compile(model, dynamic=False), RecordedStep()
     warnings.warn('Triton is not installed, so kernels are not fused; install it for more speed')
@@ -508,42 +512,42 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 class _Share:
     "The share of each batch that this process trains on."
     def __init__(self, batches, device):
-        self.batches, self.device, (self.place, self.n) = batches, device, _place()
+        self.batches, self.device, self.rank, self.n = batches, device, _rank(), _world_size()
         if _ours(batches): self.indices = batches.indices
 
     def __len__(self): return len(self.batches)
 
     def __iter__(self):
         for batch in self.batches:
-            x, y = _pair(batch, self.device)
+            x, y = _checked_pair(batch, self.device)
             if len(y) < self.n: raise ValueError(f'images in a batch: found {len(y)} for {self.n} processes, expected at least {self.n}; '
                                                  'start fewer processes, or leave out this batch (drop_last)')
-            yield x[self.place::self.n], y[self.place::self.n]
+            yield x[self.rank::self.n], y[self.rank::self.n]
 
 def _shared(batches, model):
     "The batches, or of several processes, this one's share of them."
-    return batches if _place()[1] == 1 else _Share(batches, next(model.parameters()).device)
+    return batches if _world_size() == 1 else _Share(batches, next(model.parameters()).device)
 
-def _by_first(function):
+def _on_first(function):
     "Call the function in the first process; all of them return its result, or raise its error."
-    if _place()[1] == 1: return function()
+    if _world_size() == 1: return function()
     found = [None, None]
-    try: found[0] = function() if _place()[0] == 0 else None
+    try: found[0] = function() if _rank() == 0 else None
     except Exception as error: found[1] = error
     dist.broadcast_object_list(found)
     if found[1]: raise found[1]
     return found[0]
 
-def _same_draws(device):
+def _sync_generators(device):
     "Give all processes the generators' state of the first, so that batches shuffled by the global generators are the same in all."
-    if _place()[1] == 1: return
-    cpu, gpu = _by_first(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None))
+    if _world_size() == 1: return
+    cpu, gpu = _on_first(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == 'cuda' else None))
     torch.set_rng_state(cpu)
     if gpu is not None: torch.cuda.set_rng_state(gpu, device)
 
 def _check_shares(batches, config):
     "Raise for batches that several processes cannot share."
-    n = _place()[1]
+    n = _world_size()
     if n == 1: return
     if isinstance(getattr(batches, 'sampler', None), DistributedSampler):
         raise ValueError('train_batches: found a DistributedSampler, expected none, as `fit` divides every batch among the processes; '
@@ -554,14 +558,14 @@ def _check_shares(batches, config):
     if last < n: raise ValueError(f'images in the last batch: found {last} for {n} processes, expected at least {n}; '
                                   'add or remove some images, or leave out this batch (drop_last)')
 
-def _agree(model):
+def _sync_buffers(model):
     "Give all processes the buffers of the first; DistributedDataParallel keeps only the weights the same."
-    if _place()[1] == 1: return
+    if _world_size() == 1: return
     for buffer in model.buffers(): dist.broadcast(buffer, 0)
 
 def _machine(device):
     "The hardware by name, and the number of processes if there are several."
-    return hardware(device) if _place()[1] == 1 else f'{_place()[1]} x {hardware(device)}'
+    return hardware(device) if _world_size() == 1 else f'{_world_size()} x {hardware(device)}'
 
 # %% ../nbs/06_engine.ipynb #41038d4e
 def _check_arguments(model, train_batches, test_batches, config, out, resume):
@@ -578,20 +582,6 @@ def _check_trainable(model):
     if any(p.requires_grad for p in model.parameters()): return
     raise ValueError('the model: found no parameter that requires a gradient, expected at least one; unfreeze what is to be trained with requires_grad_()')
 
-def _check_test_batches(batches):
-    "Raise for what cannot be tested on epoch after epoch; none at all is fine."
-    if isinstance(batches, Iterator): raise ValueError(_ONCE.format('test'))
-    if batches is None or hasattr(batches, '__iter__') or hasattr(batches, '__getitem__'): return
-    raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
-
-def _try(model, batches, precision):
-    "Test on the first batch, so that a wrong one is found before the first epoch, not after it. The global generators are restored, not one of the loader's own."
-    before = rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # `_check_finite` says it of the weights
-        test(model, list(islice(batches, 1)), precision)
-    set_rng_state(before)
-
 def _check_batches(batches, config):
     "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
@@ -605,6 +595,8 @@ def _check_batches(batches, config):
         raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '
                          'make the batches from the recipe, or change the recipe with `dataclasses.replace`'.format(*found, *expected))
 
+_ONCE = 'the {} batches can be read only once; pass a list or a loader'
+
 def _warn_of_size(batches, config):
     "Warn if the batch size of a DataLoader is not the one that will be recorded."
     size = getattr(batches, 'batch_size', None)
@@ -612,9 +604,15 @@ def _warn_of_size(batches, config):
         warnings.warn(f'batch_size: found {size} in the batches, {config.batch_size} in the recipe, which will be recorded; '
                       f'pass dataclasses.replace(config, batch_size={size})')
 
+def _check_test_batches(batches):
+    "Raise for what cannot be tested on epoch after epoch; none at all is fine."
+    if isinstance(batches, Iterator): raise ValueError(_ONCE.format('test'))
+    if batches is None or hasattr(batches, '__iter__') or hasattr(batches, '__getitem__'): return
+    raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
+
 def _check_classes(model, batches):
     "Raise for a set with more classes than the model has outputs: on a GPU, such a label makes all later work of the process fail."
-    images = getattr(getattr(batches, 'dataset', None), 'images', None)
+    images = _of_dataset(batches, 'images')
     if not isinstance(images, ImageSet) or not _ours(batches): return
     x, y = batches.dataset[0, 0]
     with warnings.catch_warnings():
@@ -622,24 +620,29 @@ def _check_classes(model, batches):
         n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
     if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
 
-_ONCE = 'the {} batches can be read only once; pass a list or a loader'
+def _dry_run(model, batches, precision):
+    "Test on the first batch, so that a wrong one is found before the first epoch, not after it. The global generators are restored, not one of the loader's own."
+    before = rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # `_check_finite` says it of the weights
+        test(model, list(islice(batches, 1)), precision)
+    set_rng_state(before)
 
-def _check_writable(out):
-    "Find out before the first epoch, not after it, whether a checkpoint can be written."
-    probe = out / f'.probe-{os.getpid()}'
-    write_atomically(probe, b'')
-    probe.unlink()
+def _of_dataset(batches, name):
+    "An attribute of the batches' data set; None if there is none."
+    return getattr(getattr(batches, 'dataset', None), name, None)
 
+# %% ../nbs/06_engine.ipynb #05a00062
 @contextmanager
-def _alone(out):
+def _locked(out):
     "Hold the folder of a run, if there is one, so that no other process trains in it meanwhile."
     if out is None: return (yield)
     lock = FileLock(Path(out) / '.lock', timeout=0, fallback_to_soft=False)
-    _by_first(partial(_take, lock, Path(out)))
+    _on_first(partial(_acquire, lock, Path(out)))
     try: yield
     finally: lock.release()
 
-def _take(lock, out):
+def _acquire(lock, out):
     "Take the lock of a folder, if its file system has locks."
     _check_writable(out)
     try: lock.acquire()
@@ -647,31 +650,17 @@ def _take(lock, out):
         raise FileExistsError(f'{out}: another process trains in this folder (it holds {lock.lock_file}); wait for it, or choose another folder') from None
     except (NotImplementedError, OSError): pass
 
-def _settled(precision, model, batches, device):
-    "The precision itself, or for 'auto' the faster one on the first batch."
-    if precision != 'auto': return precision
-    enough = 32 if device.type == 'cpu' else None  # images; fewer than a whole batch say nothing of a GPU
-    x, y = (part[:enough] for part in _pair(next(iter(batches)), device))
-    try: return faster_precision(model, x, y)
-    except FloatingPointError as error:
-        raise FloatingPointError('the loss is not finite before the first step; check the images of the first batch and the weights') from error
-    except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
+def _check_writable(out):
+    "Find out before the first epoch, not after it, whether a checkpoint can be written."
+    probe = out / f'.probe-{os.getpid()}'
+    write_atomically(probe, b'')
+    probe.unlink()
 
-def _data(batches):
-    "What a checkpoint remembers of the data: batches an epoch, and where the batches know them, the hash of the set and the transforms."
-    images, transform = (getattr(getattr(batches, 'dataset', None), name, None) for name in ('images', 'transform'))
-    return {'batches an epoch': len(batches), 'training images (sha256)': getattr(images, 'sha256', None),
-            'transforms': re.sub(' at 0x[0-9a-f]+', '', repr(transform), flags=re.I)}
-
-def _state(parts, batches, history):
-    "All that the rest of the run depends on."
-    return {**{name: part.state_dict() for name, part in parts.items()},
-            'rng': rng_state(), 'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
-
+# %% ../nbs/06_engine.ipynb #131ff0f5
 def _start(model, batches, config, device, out, resume):
     "The record to go on with: a new one, or that of the newest checkpoint, and the checkpoint."
     if out is None or not _holds_run(out, resume):
-        return History(config, _machine(device), versions(), precision=_settled(config.precision, model, batches, device)), None
+        return History(config, _machine(device), versions(), precision=_resolve_precision(config.precision, model, batches, device)), None
     if not resume: raise FileExistsError(f'{out} holds a run already; resume it (resume=True, --resume), or choose another folder')
     history, state = _read_run(out)
     _same_run(history, config, state, batches, out)
@@ -681,6 +670,18 @@ def _start(model, batches, config, device, out, resume):
 def _holds_run(out, resume):
     "Whether a folder has checkpoints; the one of the start alone, with nothing done, counts only for a run to be resumed."
     return any(resume or path.stem != 'epoch-0000' for path in checkpoints(out))
+
+def _resolve_precision(precision, model, batches, device):
+    "The precision itself, or for 'auto' the faster one on the first batch."
+    if precision != 'auto': return precision
+    enough = 32 if device.type == 'cpu' else None  # images; fewer than a whole batch say nothing of a GPU
+    x, y = (part[:enough] for part in _checked_pair(next(iter(batches)), device))
+    try: return faster_precision(model, x, y)
+    except FloatingPointError as error:
+        raise FloatingPointError(_FROM_THE_START) from error
+    except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
+
+_FROM_THE_START = 'the loss is not finite before the first step; check the images of the first batch and the weights, not the learning rate'
 
 def _read_run(out):
     "The record in the newest checkpoint, and the checkpoint; or an error, where this version of `fit` cannot go on with it."
@@ -693,15 +694,6 @@ def _read_run(out):
         raise CheckpointError(f'{out}: the newest checkpoint cannot be resumed by this version ({type(error).__name__}: {error}); resume it with '
                               'the version that wrote it, or choose another folder') from error
 
-def _restore(parts, state, out):
-    "Load the state of a checkpoint into all parts of a run; a network that does not fit raises, and is not changed."
-    shapes = [{name: value.shape for name, value in values.items()} for values in (parts['model'].state_dict(), state['model'])]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with')
-    for name, part in parts.items(): part.load_state_dict(state[name])
-    set_rng_state(state['rng'])
-
-# %% ../nbs/06_engine.ipynb #131ff0f5
 def _same_run(history, config, state, batches, out):
     "Raise unless the run to be resumed has the same recipe and data."
     before, now = asdict(history.config), asdict(config)
@@ -725,6 +717,25 @@ def _same_machine(history, state, device):
         if was == now: continue
         warnings.warn(f'{what}: begun with {was}, resumed with {now}; sums may be rounded differently, so the weights may not be '
                       'byte-identical to those of an uninterrupted run')
+
+def _restore(parts, state, out):
+    "Load the state of a checkpoint into all parts of a run; a network that does not fit raises, and is not changed."
+    shapes = [{name: value.shape for name, value in values.items()} for values in (parts['model'].state_dict(), state['model'])]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with')
+    for name, part in parts.items(): part.load_state_dict(state[name])
+    set_rng_state(state['rng'])
+
+def _state(parts, batches, history):
+    "All that the rest of the run depends on."
+    return {**{name: part.state_dict() for name, part in parts.items()},
+            'rng': rng_state(), 'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
+
+def _data(batches):
+    "What a checkpoint remembers of the data: batches an epoch, and where the batches know them, the hash of the set and the transforms."
+    images, transform = (_of_dataset(batches, name) for name in ('images', 'transform'))
+    return {'batches an epoch': len(batches), 'training images (sha256)': getattr(images, 'sha256', None),
+            'transforms': re.sub(' at 0x[0-9a-f]+', '', repr(transform), flags=re.I)}
 
 # %% ../nbs/06_engine.ipynb #ed3877bd
 @contextmanager

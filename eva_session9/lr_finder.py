@@ -27,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _check_classes, _check_trainable, _pair, _resized, _settled, _too_large, prepare, train_step
+from .engine import _FROM_THE_START, _check_classes, _check_trainable, _checked_pair, _resized, _resolve_precision, _too_large, prepare, train_step
 from .optim import make_optimizer, zero_gamma
 from .save_load import write_atomically
 
@@ -227,7 +227,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device):
     if base[0] == 0: raise ValueError('the first parameter group has learning rate 0, so there is no ratio to it; put another group first')
     for lr, batch in zip(tqdm(lrs, 'find_lr', leave=False), batches):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
-        x, y = _pair(batch, device)
+        x, y = _checked_pair(batch, device)
         x = _resized(x, curve.config.size(0))
         try: loss, _ = train_step(model, x, y, optimizer, curve.precision, curve.config.label_smoothing)
         except FloatingPointError as error:
@@ -240,8 +240,6 @@ def _sweep(curve, model, optimizer, batches, lrs, device):
         curve.losses.append(loss.item())
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
-
-_FROM_THE_START = 'the loss is not finite before the first step: check the images and the weights, not the learning rate'
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
@@ -265,8 +263,7 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
         trial, trial_optimizer = _copies(model, optimizer, config, device)
         _check_classes(trial, batches)
         first = next(stream)
-        try: precision = _settled(config.precision, trial, [first], device)
-        except FloatingPointError as error: raise FloatingPointError(_FROM_THE_START) from error
+        precision = _resolve_precision(config.precision, trial, [first], device)
         curve, began = LRCurve([], [], '', config, precision, hardware(device), versions()), time.perf_counter()
         lrs = np.geomspace(start, end, steps).tolist()
         curve.stopped = _sweep(curve, prepare(trial, precision), trial_optimizer, chain([first], stream), lrs, device)
