@@ -207,8 +207,7 @@ def plot_confusion(evaluation: Evaluation, # of N images
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), len(evaluation.labels)
     title = f'{right:,} of {n:,} images right ({right / n:.2%})'
-    names = [_wrapped(name, 24) for name in classes]
-    picture = _picture(title, *_matrix_size(names), 'constrained')
+    picture = _picture(title, *_matrix_size(classes), 'constrained')
     axes = picture.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
@@ -216,8 +215,8 @@ def plot_confusion(evaluation: Evaluation, # of N images
         for row, column in counts.nonzero().tolist():
             axes.text(column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=8,
                       color='white' if shares[row, column] > 0.55 else 'black')
-        axes.set_xticks(range(k), names, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
-        axes.set_yticks(range(k), names, fontsize=8, parse_math=False)
+        axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
+        axes.set_yticks(range(k), classes, fontsize=8, parse_math=False)
     axes.set_xlabel('predicted', fontsize=9)
     axes.set_ylabel('true', fontsize=9)
     return picture
@@ -225,9 +224,8 @@ def plot_confusion(evaluation: Evaluation, # of N images
 def _matrix_size(names):
     "Width and height, in inches, of a confusion matrix with these names beside and below it; of more than 40, with none."
     if len(names) > 40: return 21.6, 18.0
-    lines = [name.split('\n') for name in names]
-    room, most = 0.06 * max(0, max(len(line) for name in lines for line in name) - 12), max(map(len, lines))
-    return tuple(margin + room + (cell + 0.13 * (most - 1)) * len(names) for margin, cell in ((1.6, 0.5), (1.2, 0.42)))
+    room = 0.06 * max(0, max(map(len, names)) - 12)
+    return 1.6 + room + 0.5 * len(names), 1.2 + room + 0.42 * len(names)
 
 # %% ../nbs/09_visual.ipynb #3d994c1f
 @lru_cache
