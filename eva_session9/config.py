@@ -160,11 +160,11 @@ def hardware(device: torch.device # the device that did the work
     "The hardware by name: the GPU model, or the CPU model with its number of threads and vector instruction set."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     if device.type != 'cpu': return f'{device.type} of {platform.platform()}'
-    name, n = platform.processor() or platform.machine(), torch.get_num_threads()
+    name = platform.processor() or platform.machine()
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as f:
             name = next((line.split(':')[1].strip() for line in f if line.startswith('model name')), name)
-    return f'{name}, {n} thread{"s" * (n != 1)}, {torch.backends.cpu.get_cpu_capability()}'
+    return f'{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}'
 
 def versions() -> dict:
     "The versions of Python and of the libraries that a training run's result depends on."

@@ -11,6 +11,7 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'ImageSet', 'cifar10', 'read_image', 'fit_
 import hashlib
 import io
 import struct
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ class ImageSet:
     masks: np.ndarray | None = None  # bool (N, H, W): ground-truth masks of the objects, if known
 
     def __post_init__(self):
-        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
-            raise ValueError(f'ImageSet: classes: found {self.classes!r}, expected a tuple of names')
-        object.__setattr__(self, 'classes', tuple(self.classes))
+        classes = self.classes if isinstance(self.classes, str) else tuple(self.classes)
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f'ImageSet: classes: found {classes!r}, expected a tuple of names')
+        object.__setattr__(self, 'classes', classes)
         _check_set(self)
 
     def __len__(self): return len(self.images)
@@ -41,7 +43,8 @@ class ImageSet:
     def subset(self, indices # anything that indexes a NumPy array
               ) -> 'ImageSet':
         "The images at `indices`, in that order."
-        if not isinstance(indices, slice): indices = np.asarray(indices, None if len(indices) else np.int64)
+        if not isinstance(indices, slice): indices = np.asarray(indices)
+        if not isinstance(indices, slice) and not indices.size: indices = indices.astype(np.int64)  # of an empty list
         masks = None if self.masks is None else self.masks[indices]
         return ImageSet(self.images[indices], self.labels[indices], self.classes, masks)
 
@@ -155,7 +158,7 @@ def fit_square(image: np.ndarray, # uint8 (H, W, 3)
     "The largest centred square of `image`, resized with antialiasing (bicubic)."
     height, width = image.shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2  # whole pixels: half of one would blur what needs no resizing
+    top, left = (height - side) // 2, (width - side) // 2  # whole pixels: half of one would blur what needs no resizing; and nothing outside the square counts
     return np.array(Image.fromarray(image[top:top + side, left:left + side]).resize((size, size), Image.Resampling.BICUBIC))
 
 # %% ../nbs/01_data.ipynb #24b64b13
@@ -203,13 +206,13 @@ def _class_files(folder):
 def _is_class(path):
     "Whether the path is a class folder; raises for a link to nothing and for a name that no figure could show."
     if path.is_symlink() and not path.exists(): raise ValueError(f'{path}: is a link to nothing, expected a folder of images; mend or remove it')
-    if path.is_dir() and not path.name.isprintable(): raise ValueError(f'{str(path)!r}: found a class folder whose name cannot be shown; rename it')
+    if path.is_dir() and any(unicodedata.category(c) in ('Cc', 'Cs') for c in path.name): raise ValueError(f'{str(path)!r}: found a class folder whose name cannot be shown; rename it')
     return path.is_dir()
 
 def _visible(folder): return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
 
 def _split(files, seed):
-    "Four fifths and one fifth of each class, at least one image in either; drawn by name, so that a file keeps its side when others are added."
+    "Four fifths and one fifth of each class, at least one image in either; drawn by name, so that when a file is added, at most one other of its class changes sides."
     few = [name for name in files if len(files[name]) < 2]
     if few: raise ValueError(f'found only one image of {few}, expected two or more, at least one to train on and one to test on; add images')
     train, test = {}, {}

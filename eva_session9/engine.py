@@ -213,9 +213,9 @@ class Evaluation:
         return self._right.double().mean().item()
     @property
     def misclassified(self) -> Tensor:
-        "Indices of the mistakes, the most confident first."
+        "Indices of the mistakes, the most confident first; those whose logits are not finite last."
         wrong = (~self._right).nonzero().flatten()
-        return wrong[self.confidence[wrong].argsort(descending=True, stable=True)]
+        return wrong[self.confidence[wrong].nan_to_num(-1).argsort(descending=True, stable=True)]
     @property
     def confusion(self) -> Tensor:
         "The confusion matrix, int64 (K, K): rows are true classes, columns predicted classes. Images whose logits are not finite are left out."

@@ -47,7 +47,7 @@ from .gradcam import METHODS, Heatmaps, Status
 from .gradcam.cam import CAM, ForwardPass, _eager, _hooked, _misshapen, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
-from .visual import _FONT, overlay
+from .visual import _FONT, _shortened, overlay
 
 # %% ../nbs/10_panel.ipynb #a65355d7
 @dataclass(frozen=True)
@@ -1042,10 +1042,6 @@ def _class_options(picked, classes, shares):
     texts = [f'{_shortened(name, 26)}  {share:.1%}' for name, share in zip(classes, shares)] or classes
     own = [(f'predicted: {_shortened(predicted, 20)}', 'predicted'), (f'true: {_shortened(true, 24)}', 'true')]
     return own + [(text, k) for k, text in enumerate(texts)]
-
-def _shortened(name, most):
-    "The name; of one longer than `most` characters, its beginning and its end."
-    return name if len(name) <= most else f'{name[:most - 9]}…{name[-8:]}'
 
 # %% ../nbs/10_panel.ipynb #7834641e
 @patch

@@ -53,7 +53,7 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
 def _normalized(mean, std):
     for name, values in (('mean', mean), ('std', std)):
         if len(values) != 3: raise ValueError(f'{name}: found {tuple(values)}, expected three numbers, one a channel')
-    if not all(0 <= m <= 1 for m in mean): raise ValueError(f'mean: found {tuple(mean)}, expected 0 to 1; divide by 255')
+    if not all(0 <= m <= 1 for m in mean): raise ValueError(f'mean: found {tuple(mean)}, expected 0 to 1' + '; divide by 255' * (max(mean) > 1))
     if not all(s > 0 for s in std): raise ValueError(f'std: found {tuple(std)}, expected more than 0; '
                                                      'a channel whose pixels are all equal cannot be normalised')
     return [A.Normalize(mean=mean, std=std), ToTensorV2()]
@@ -455,7 +455,7 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
                    train_set: ImageSet, # whose mean and standard deviation normalise both
                    test_set: ImageSet   # tested in its own order
                   ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
-    "Training (augmented) and test batches of a recipe. Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`."
+    "Training (augmented) and test batches of a recipe. Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`; test images of another size than the last that is trained on give a warning."
     _check_sets(config, train_set, test_set)
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)
@@ -474,10 +474,10 @@ def _check_sets(config, train_set, test_set):
         if height != width and (config.crop or config.sizes):
             raise ValueError(f'found images of {height} x {width} pixels, expected squares, as the recipe has a crop or sizes; '
                              'crop them with `data.fit_square`')
-    trained, tested = config.sizes[-1] if config.sizes else train_set.images.shape[1], test_set.images.shape[1]
+    trained, tested = 2 * config.sizes[-1:] or train_set.images.shape[1:3], test_set.images.shape[1:3]
     if trained != tested:
-        warnings.warn(f'images: the last epochs train at {trained} pixels a side, the test images have {tested}, and a network does worse at a size that '
-                      f'it was not trained on; ' + (f'end Config.sizes with {tested}' if config.sizes else 'make both of one size'))
+        warnings.warn('images: found {} x {} pixels in training{}, {} x {} in testing, expected the same, as a network does worse at another size; '.format(
+            *trained, ' (the last of Config.sizes)' * bool(config.sizes), *tested) + (f'end Config.sizes with {tested[0]}' if config.sizes else 'make both of one size'))
     if train_set.classes == test_set.classes: return
     first = next(pair for pair in zip_longest(train_set.classes, test_set.classes) if pair[0] != pair[1])
     raise ValueError('classes: found {!r} in the training set where the test set has {!r}, expected the same in the same order'.format(*first))

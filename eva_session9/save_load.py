@@ -74,10 +74,11 @@ def _check_keys(card):
     def wrong(key, expected): return ValueError(f'card: found {key} {card[key]!r}, expected {expected}')
     if not isinstance(card['classes'], list | tuple) or not all(isinstance(name, str) for name in card['classes']): raise wrong('classes', 'a list of names')
     if type(card['size']) is not int or card['size'] < 1: raise wrong('size', 'a whole number of pixels')
-    for key in ('mean', 'std'):
+    for key, expected in (('mean', 'three numbers from 0 to 1'), ('std', 'three numbers above 0, at most 1')):
         numbers = card[key] if isinstance(card[key], list | tuple) else []
-        if len(numbers) != 3 or not all(isinstance(n, Real) and 0 <= n <= 1 for n in numbers): raise wrong(key, 'three numbers from 0 to 1')
-    if not isinstance(card.get('command', ''), str): raise wrong('command', 'a text')
+        if len(numbers) != 3 or not all(isinstance(n, Real) and (n > 0 or key == 'mean' and n == 0) and n <= 1 for n in numbers): raise wrong(key, expected)
+    for key in ('architecture', 'command'):
+        if not isinstance(card.get(key, ''), str): raise wrong(key, 'a text')
 
 def _check_card(card, model):
     "Raise `ValueError` unless the card is of this model."
@@ -85,7 +86,7 @@ def _check_card(card, model):
     name, k = card['architecture'], len(card['classes'])
     if name not in ARCHITECTURES: raise ValueError(f"card: found architecture {name!r}, expected one of {', '.join(ARCHITECTURES)}")
     with torch.device('meta'): expected = make_model(name, k)
-    shapes, found = ({key: value.shape for key, value in m.state_dict().items() if isinstance(value, torch.Tensor)} for m in (expected, model))
+    shapes, found = ({key: getattr(value, 'shape', None) for key, value in m.state_dict().items()} for m in (expected, model))
     if found != shapes: raise ValueError(f'card: found {name!r} with {k} class{"es" * (k != 1)}, '
                                          'but the weights of the model have other names or '
                                          'shapes; correct the card, or if the model is a wrapper (such as of torch.compile), pass the network in it')

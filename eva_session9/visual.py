@@ -75,6 +75,10 @@ def _wrapped(text, width):
             lines[-1] += piece
     return '\n'.join(line.rstrip() for line in lines)
 
+def _shortened(name, most):
+    "The name; of one longer than `most` characters, its beginning and its end."
+    return name if len(name) <= most else f'{name[:most - 9]}…{name[-8:]}'
+
 # %% ../nbs/09_visual.ipynb #f925162d
 def _curve_axes(axes, title, xlabel):
     "Axes for curves: a light grid behind, and no box."
@@ -207,7 +211,8 @@ def plot_confusion(evaluation: Evaluation, # of N images
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), len(evaluation.labels)
     title = f'{right:,} of {n:,} images right ({right / n:.2%})'
-    picture = _picture(title, *_matrix_size(classes), 'constrained')
+    names = [_shortened(name, 60) for name in classes]
+    picture = _picture(title, *_matrix_size(names), 'constrained')
     axes = picture.subplots()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
@@ -215,8 +220,8 @@ def plot_confusion(evaluation: Evaluation, # of N images
         for row, column in counts.nonzero().tolist():
             axes.text(column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=8,
                       color='white' if shares[row, column] > 0.55 else 'black')
-        axes.set_xticks(range(k), classes, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
-        axes.set_yticks(range(k), classes, fontsize=8, parse_math=False)
+        axes.set_xticks(range(k), names, rotation=40, ha='right', rotation_mode='anchor', fontsize=8, parse_math=False)
+        axes.set_yticks(range(k), names, fontsize=8, parse_math=False)
     axes.set_xlabel('predicted', fontsize=9)
     axes.set_ylabel('true', fontsize=9)
     return picture

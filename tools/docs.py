@@ -77,7 +77,7 @@ def in_order(cells, module):
 
 
 def shortened(signature):
-    "The signature with types by their last names, as a reader writes them, and without addresses in memory."
+    "The signature with the last names of classes, as a reader writes them, and without addresses in memory."
     signature = re.sub(r'<contextlib\.nullcontext object at 0x\w+>', 'nullcontext()', signature)
     signature = re.sub(rf"\b(?:{'|'.join(PACKAGES)})(?:\.[a-z_]\w*)*\.(?=[A-Z])", '', signature)
     return signature.replace(')->', ') -> ')
