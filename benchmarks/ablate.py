@@ -192,6 +192,9 @@ def main():
     parser.add_argument('--keep', help='folder for the trained models, FOLDER/VARIANT/seed-42/model.safetensors')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file, updated after each run')
     args = parser.parse_args()
+    if args.jobs < 1: raise SystemExit(f'--jobs: found {args.jobs}, expected 1 or more')
+    if any(part.startswith('seed=') for text in [*args.set, *args.variant] for part in COMMA.split(text)):
+        raise SystemExit('--set, --variant: found seed=, expected another field; the seeds are 42, 43, ..., and --seeds says how many')
     args.threads = max(1, torch.get_num_threads() // args.jobs)
     sets(args)  # says what is wrong with the data before anything is written
     config = settled(args, changed(_config(args.config), args.set))

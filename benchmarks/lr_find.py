@@ -28,6 +28,7 @@ from eva_session9.data import cifar10, shapes
 from eva_session9.engine import test, train, train_step
 from eva_session9.lr_finder import find_lr
 from eva_session9.models.resnet import BasicBlock, make_model
+from eva_session9.optim import make_optimizer
 
 RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 SETUPS = [('plain', 32, 0.9), ('residual', 32, 0.9), ('residual', 128, 0.9), ('residual', 32, 0.0)]  # network, batch, momentum

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from eva_session9.config import hardware, pick_device, versions
-from eva_session9.optim import Muon, orthogonal
 from eva_session9.models.resnet import ARCHITECTURES, make_model
+from eva_session9.optim import Muon, orthogonal
 from eva_session9.save_load import write_atomically
 
 

@@ -72,10 +72,12 @@ def main():
     args = parser.parse_args()
     asked = {'images': args.images, 'methods': args.methods, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
     before = {'methods': quick, **json.loads(args.out.read_text())} if args.out.exists() else {**asked, 'networks': {}}
-    if {name: before[name] for name in asked} != asked: raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
+    if args.images < 10 or args.images % 10: raise SystemExit(f'--images: found {args.images}, expected a multiple of 10')
+    if {name: before.get(name) for name in asked} != asked: raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
     networks, images = before['networks'], stratified(cifar10(args.root)[1], args.images)
     for name in args.networks:
-        if name not in networks: networks[name] = measured(loaded(name), images, args.methods)
+        model = loaded(name)
+        if networks.get(name, {}).get('weights_sha256') != model.card['sha256']: networks[name] = measured(model, images, args.methods)
         result = {**asked, 'networks': networks, 'seconds': sum(network['seconds'] for network in networks.values()),
                   'command': shlex.join(['python', 'benchmarks/networks.py', *networks, '--images', str(args.images), '--methods', *args.methods])}
         write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')

@@ -26,7 +26,7 @@ from eva_session9.config import hardware, pick_device, versions
 from eva_session9.data import cifar10, shapes
 from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
-from eva_session9.panel import COLUMNS, ORDERS, ROWS, HeatmapPanel, logits_file, store_evaluation, uses_gradients
+from eva_session9.panel import COLUMNS, ORDERS, ROWS, HeatmapPanel, logits_file, store_logits, uses_gradients
 from eva_session9.save_load import pretrained, write_atomically
 
 QUICK = [name for name in METHODS if uses_gradients(name)] + ['EigenCAM']
@@ -117,7 +117,7 @@ def show(rows):
 def opening(images, model, n):
     "Milliseconds from the constructor to a panel that can be shown, where the logits are kept from before."
     card = model.card
-    store_evaluation(logits_file(model, images, card['mean'], card['std']), said_of(images))
+    store_logits(logits_file(model, images, card['mean'], card['std']), said_of(images).logits)
     return [timed(lambda: HeatmapPanel(model, images)) for _ in range(n)]
 
 

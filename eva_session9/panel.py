@@ -7,11 +7,10 @@ Docs: https://eva-session9.github.io/eva_session9/panel.html.md"""
 # %% auto #0
 __all__ = ['ORDERS', 'THUMB', 'CELL', 'COLUMNS', 'ROWS', 'View', 'changed', 'Table', 'tabulate', 'select', 'probe',
            'match_classes', 'heat', 'signed_heat', 'png', 'sprite', 'explain', 'takes_many_passes', 'Evidence',
-           'gather', 'uses_gradients', 'map_evidence', 'watched', 'Stopped', 'classify', 'logits_file',
-           'stored_evaluation', 'store_evaluation', 'Picked', 'explained_class', 'image_caption', 'map_caption',
-           'lines_html', 'thumbnail_label', 'question', 'obstacle', 'probability_bars', 'Page', 'layer_picture',
-           'Explorer', 'nothing', 'newest_run', 'default_source', 'default_model_and_images', 'Work', 'HeatmapPanel',
-           'view_png', 'Snapshot']
+           'gather', 'uses_gradients', 'map_evidence', 'watched', 'Stopped', 'classify', 'logits_file', 'stored_logits',
+           'store_logits', 'Picked', 'explained_class', 'image_caption', 'map_caption', 'lines_html', 'thumbnail_label',
+           'question', 'obstacle', 'probability_bars', 'Page', 'layer_picture', 'Explorer', 'nothing', 'newest_run',
+           'default_source', 'default_model_and_images', 'Work', 'HeatmapPanel', 'view_png', 'Snapshot']
 
 # %% ../nbs/10_panel.ipynb #356c42a5
 import json
@@ -31,6 +30,7 @@ from pathlib import Path
 from string import Template
 from textwrap import fill
 from threading import Event, Lock, RLock, Thread, get_ident
+from zipfile import BadZipFile
 
 import ipywidgets as widgets
 import numpy as np
@@ -297,14 +297,14 @@ def classify(model: nn.Module,                         # an image classifier
              std: Sequence[float],                     # of each channel, in [0, 1] units
              report: Callable[[int], None] | None = None, # called after every batch with the number of images classified
              lock=nullcontext()                        # context manager held while the model runs
-            ) -> Evaluation:
-    "The logits of every image, as `engine.test` gives them, without a progress bar of its own."
+            ) -> Tensor:
+    "The logits of every image, float32 (N, K), as `engine.test` gives them, without a progress bar of its own. Labels are not looked at: the model may not know their classes."
     device, logits = _device(model), []
     for x, y in loader(images, test_transforms(mean, std), batch_size=100, shuffle=False):
         with lock, evaluating(unwrap(model)), torch.inference_mode():
             logits.append(forward(model, x.to(device), 'fp32').cpu())
         if report: report(min(100 * len(logits), len(images)))
-    return Evaluation(torch.cat(logits), torch.from_numpy(images.labels))
+    return torch.cat(logits)
 
 # %% ../nbs/10_panel.ipynb #b6ac643b
 def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> Path:
@@ -313,24 +313,23 @@ def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: 
     A change to the code of `forward`, or to attributes that the model's `repr` does not show, does not change the name."""
     digest, network = blake2b(digest_size=16), unwrap(model)
     digest.update(repr((network, tuple(mean), tuple(std), images.images.shape)).encode())
-    for name, value in network.state_dict().items():
+    for name, value in {**dict(network.named_buffers()), **network.state_dict()}.items():
         value = value.detach().cpu().contiguous().reshape(-1) if isinstance(value, Tensor) else torch.tensor([])
         digest.update(name.encode())
         digest.update(value.view(torch.uint8).numpy())
     digest.update(np.ascontiguousarray(images.images))
     return xdg_cache_home()/'eva_session9'/'logits'/f'{digest.hexdigest()}.npy'
 
-def stored_evaluation(file: Path, images: ImageSet) -> Evaluation | None:
-    "The evaluation cached in `file`; None if it is missing, unreadable or does not fit the images."
+def stored_logits(file: Path, n: int, k: int) -> Tensor | None:
+    "The logits (n, k) cached in `file`; None if they are missing, unreadable or of another shape."
     try: logits = torch.from_numpy(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError): return None
-    fits = logits.dtype == torch.float32 and logits.ndim == 2 and len(logits) == len(images)
-    return Evaluation(logits, torch.from_numpy(images.labels)) if fits else None
+    except (OSError, ValueError, EOFError, TypeError, BadZipFile): return None
+    return logits if logits.dtype == torch.float32 and logits.shape == (n, k) else None
 
-def store_evaluation(file: Path, evaluation: Evaluation):
+def store_logits(file: Path, logits: Tensor):
     "Write the logits to `file`. Raises `CheckpointError` if they cannot be written."
     buffer = BytesIO()
-    np.save(buffer, evaluation.logits.numpy())
+    np.save(buffer, logits.numpy())
     write_atomically(file, buffer.getvalue())
 
 # %% ../nbs/10_panel.ipynb #a03188ff
@@ -484,15 +483,15 @@ class Explorer:
         logits, self.stages, self.problem = self._probe()
         self.runs = logits is not None
         if evaluation is not None: logits = _checked(evaluation, images, logits)
-        card, k = getattr(self.model, 'card', {}), len(images.classes)
+        card, k = getattr(self.model, 'card', None) or {}, len(images.classes)
         self.classes, self.true = match_classes(images, card.get('classes'), k if logits is None else logits.shape[1])
         self.model.card = {**card, 'classes': self.classes}  # the card may be from before the last layer was replaced
-        self.adopt(evaluation)
+        self.adopt(None if evaluation is None else evaluation.logits)
 
-    def adopt(self, evaluation: Evaluation | None):
-        "Use this evaluation as the model's predictions for the set; None: not classified yet."
-        self.evaluation = evaluation
-        self.table = tabulate(self.true, None if evaluation is None else evaluation.logits)
+    def adopt(self, logits: Tensor | None):
+        "Use these logits (N, K) as the model's predictions for the set; None: not classified yet."
+        self.set_logits = logits
+        self.table = tabulate(self.true, logits)
 
     @property
     def note(self) -> str:
@@ -558,8 +557,8 @@ def logits(self: Explorer,
            key: int,         # of `Picked`
            image: np.ndarray # uint8 (H, W, 3)
           ) -> Tensor | None:
-    "The logits of one image, (K,), from the evaluation or a forward pass; None if the model cannot run."
-    if key >= 0 and self.evaluation is not None: return self.evaluation.logits[key]
+    "The logits of one image, (K,), from those of the set or a forward pass; None if the model cannot run."
+    if key >= 0 and self.set_logits is not None: return self.set_logits[key]
     if key not in self.probed and self.runs:
         with self.lock: self.probed[key] = probe(self.model, self.input(image))[0][0].float().cpu()
     return self.probed.get(key)
@@ -597,7 +596,7 @@ def heatmaps(self: Explorer,
 def _make(self: Explorer, picked, method, layers):
     "Heatmaps of every class, from the gradients recorded for the last image where the method allows it."
     x, few = self.input(picked.pixels), len(self.classes) <= 32  # copies of the image; more would take much memory
-    if not few or not uses_gradients(method): return explain(self.model, x, method, layers)
+    if not few or _mixes_images(self.model) or not uses_gradients(method): return explain(self.model, x, method, layers)
     try:
         if self.evidence[0] != picked.key or not self.evidence[1].keys() >= set(layers):
             self.evidence = picked.key, *gather(self.model, x, layers, len(self.classes))
@@ -606,6 +605,10 @@ def _make(self: Explorer, picked, method, layers):
         return map_evidence(self.model, method, chosen, logits, picked.pixels.shape[:2])
     except Stopped: raise
     except Exception: return explain(self.model, x, method, layers)  # without copies; it says why, layer by layer
+
+def _mixes_images(model):
+    "Whether a batch normalisation takes its statistics from the batch, so that one copy's score depends on the others."
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None for module in model.modules())
 
 @patch
 def missing(self: Explorer,
@@ -622,7 +625,7 @@ def page(self: Explorer, view: View) -> Page:
     "The page for a view. Heatmaps that need a pass per channel are shown only if they are in the cache."
     picked = self.pick(view)
     if picked is None: return Page(self.note + nothing(view, self.classes))
-    image, k = (png(picked.pixels), image_caption(picked, self.classes)), explained_class(view, picked)
+    image, k = (png(picked.pixels), image_caption(picked, self.classes)), -1 if view.difference else explained_class(view, picked)
     if why := self.problem or obstacle(view, picked): return Page(self.note + why, '', (image,), picked, k)
     why, maps = self._pictures(view, picked)
     return Page(self.note + why, question(view, picked, self.classes), (image, *maps), picked, k)
@@ -808,18 +811,18 @@ class HeatmapPanel:
 # %% ../nbs/10_panel.ipynb #00541582
 @patch
 def _classify_or_recall(self: HeatmapPanel):
-    "Load the cached evaluation, or prepare to classify the set."
+    "Load the cached logits, or prepare to classify the set."
     e = self.explorer
-    if e.evaluation is not None or not e.runs: return
+    if e.set_logits is not None or not e.runs: return
     self.file = logits_file(e.model, e.images, e.mean, e.std)
-    e.adopt(stored_evaluation(self.file, e.images))
-    if e.evaluation is None: self.classifying = Work(self._classify)
+    e.adopt(stored_logits(self.file, len(e.images), len(e.classes)))
+    if e.set_logits is None: self.classifying = Work(self._classify)
 
 @patch
 def _opening_view(self: HeatmapPanel):
     "The view to open with: the mistakes if there are any, and the last three layers."
     e = self.explorer
-    found = len(select(View(), e.table)) if e.evaluation is not None else e.runs
+    found = len(select(View(), e.table)) if e.set_logits is not None else e.runs
     return View('wrong' if found else 'all', layers=tuple(e.stages)[-3:])
 
 @patch
@@ -827,15 +830,15 @@ def _classify(self: HeatmapPanel, work):
     "Classify the set, cache the logits, and show the list from its start."
     e = self.explorer
     def report(done): self.progress.value = done
-    evaluation = None
+    logits = None
     try:
-        evaluation = classify(e.model, e.images, e.mean, e.std, report, e.lock)
-        store_evaluation(self.file, evaluation)
+        logits = classify(e.model, e.images, e.mean, e.std, report, e.lock)
+        store_logits(self.file, logits)
     except CheckpointError as error: self.notice = f'The classification could not be kept: {error}. '
     except Exception as error:  # whatever the model raises
         self.notice = f'The images could not be classified: {error}. '
     with self.lock:
-        e.adopt(evaluation)
+        e.adopt(logits)
         self.classifying = None
         show = self._opening_view().show if self.view.show == 'wrong' else self.view.show
         self.view = replace(self.view, place=1, show=show)
@@ -1105,14 +1108,15 @@ def view_png(page: Page,
     font, step = ImageFont.truetype(_FONT, 12), side + 12
     captions = ['\n'.join(fill(line, side // 7) for line in caption.split('\n')) for _, caption in page.pictures]
     pictures = [Image.open(BytesIO(blob)) for blob, _ in page.pictures]
-    top, height = 34, max([side * picture.height // picture.width for picture in pictures], default=0)
+    heights = [max(1, side * picture.height // picture.width) for picture in pictures]
+    top, height = 34, max(heights, default=0)
     below = 24 + 18 * max([caption.count('\n') + 1 for caption in captions], default=0)
     canvas = Image.new('RGB', (12 + step * max(4, len(pictures)), top + height + below), 'white')
     draw = ImageDraw.Draw(canvas)
     draw.text((12, 10), page.title or page.message, 'black', font)
-    for x, picture, caption in zip(range(12, 10**6, step), pictures, captions):
+    for x, picture, tall, caption in zip(range(12, 10**6, step), pictures, heights, captions):
         resample = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.BOX
-        canvas.paste(picture.resize((side, side * picture.height // picture.width), resample), (x, top))
+        canvas.paste(picture.resize((side, tall), resample), (x, top))
         draw.multiline_text((x, top + height + 8), caption, 'black', font)
     return png(np.asarray(canvas))
 

@@ -1,7 +1,9 @@
 "What the benchmarks compute, without what takes them hours."
-import json, shlex, sys
+import builtins, dis, json, shlex, sys
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -19,6 +21,20 @@ from cam_study import keep
 import networks
 import reproduce
 from reproduce import changed, held_out, looks, summary
+
+
+def code_in(code):
+    "The code and all that is defined in it."
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, CodeType): yield from code_in(part)
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'benchmarks').glob('*.py')), ids=lambda path: path.name)
+def test_every_name_that_a_benchmark_uses_is_defined(path):
+    known = vars(import_module(path.stem)) | vars(builtins)
+    found = {step.argval for code in code_in(compile(path.read_text(), path.name, 'exec')) for step in dis.get_instructions(code) if step.opname == 'LOAD_GLOBAL'}
+    assert found <= known.keys(), found - known.keys()
 
 
 def test_no_image_is_both_trained_on_and_held_out():
@@ -125,3 +141,9 @@ def test_the_recorded_command_asks_the_recorded_question(name):
     config = replace(changed(recipe, settings), precision=recorded[WHOLE].precision)
     assert (asked_for(config, different) if different else variants(config)) == recorded
     assert recorded.keys() == run['trained'].keys()
+
+
+@pytest.mark.parametrize('arguments, reason', [(['--variant', 'seed=7'], 'found seed='), (['--set', 'seed=7'], 'found seed='), (['--jobs', '0'], '--jobs: found 0')])
+def test_ablate_refuses_what_would_compare_the_recipe_with_itself(monkeypatch, arguments, reason):
+    monkeypatch.setattr(sys, 'argv', ['ablate.py', *arguments])
+    with pytest.raises(SystemExit, match=reason): ablate.main()

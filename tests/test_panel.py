@@ -5,7 +5,7 @@ import struct
 import time
 import zlib
 from base64 import b64decode
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime
 from functools import partial
 from io import BytesIO
@@ -23,8 +23,8 @@ from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS
 from eva_session9.models.resnet import resnet18
 from eva_session9.panel import (
-    ORDERS, Explorer, HeatmapPanel, View, default_model_and_images, default_source, probe, select, takes_many_passes,
-    watched)
+    ORDERS, Explorer, HeatmapPanel, Page, View, default_model_and_images, default_source, png, probe, select, takes_many_passes,
+    view_png, watched)
 from eva_session9.preprocessing import loader, test_transforms as transforms
 from eva_session9.save_load import save_model
 from eva_session9.visual import overlay
@@ -138,7 +138,7 @@ def test_predicted_and_true_class_can_be_asked_together():
 
 def test_the_columns_are_those_of_the_logits():
     explorer = random_table()
-    logits, table = explorer.evaluation.logits, explorer.table
+    logits, table = explorer.set_logits, explorer.table
     i = 7
     shares = np.sort(logits[i].softmax(0).numpy())
     assert np.isclose(table.confidence[i], shares[-1]) and np.isclose(table.margin[i], shares[-1] - shares[-2])
@@ -152,7 +152,7 @@ def test_opens_on_the_surest_mistake(panel, model):
     evaluation = evaluate(model)
     surest = evaluation.misclassified[0]
     assert panel.view == View(layers=('layer1', 'layer2', 'layer3'))
-    assert torch.allclose(panel.explorer.evaluation.logits, evaluation.logits, atol=1e-5)
+    assert torch.allclose(panel.explorer.set_logits, evaluation.logits, atol=1e-5)
     assert (on_screen(panel)[0] == IMAGES.images[surest]).all()
     assert f'image {surest}<' in captions(panel)[0]
     assert panel.count.value == f'{len(evaluation.misclassified)} images'
@@ -316,34 +316,34 @@ def test_an_unclassified_set_can_be_browsed_and_is_classified_once(model, cache)
     batches = []
     with watched(model, batches.append): again = HeatmapPanel(model, IMAGES)
     assert set(batches) == {1} and again.classifying is None
-    assert torch.equal(again.explorer.evaluation.logits, panel.explorer.evaluation.logits)
+    assert torch.equal(again.explorer.set_logits, panel.explorer.set_logits)
 
 
 def test_other_weights_are_classified_anew(model, panel, cache):
     with torch.no_grad(): model.head[2].bias[4] += 1
     again = opened(model, IMAGES)
     assert len(list(cache.rglob('*.npy'))) == 2
-    assert (again.explorer.evaluation.logits - panel.explorer.evaluation.logits)[:, 4].allclose(torch.ones(60), atol=1e-4)
+    assert (again.explorer.set_logits - panel.explorer.set_logits)[:, 4].allclose(torch.ones(60), atol=1e-4)
 
 
 def test_a_damaged_file_of_logits_is_made_again(model, panel, cache):
     file, = cache.rglob('*.npy')
     file.write_bytes(b'\x93NUMPY')
     again = opened(model, IMAGES)
-    assert torch.equal(again.explorer.evaluation.logits, panel.explorer.evaluation.logits)
+    assert torch.equal(again.explorer.set_logits, panel.explorer.set_logits)
 
 
 def test_logits_that_cannot_be_kept_are_used_all_the_same(model, cache):
     cache.write_text('a file where the folder should be')
     panel = opened(model, IMAGES)
-    assert 'could not be kept' in said(panel) and panel.explorer.evaluation is not None
+    assert 'could not be kept' in said(panel) and panel.explorer.set_logits is not None
     panel.controls['place'].value = 2
     assert 'could not be kept' not in said(panel)
 
 
 def test_a_given_evaluation_is_not_made_again(model, cache):
     evaluation, batches = evaluate(model), []
-    with watched(model, batches.append): assert HeatmapPanel(model, IMAGES, evaluation).explorer.evaluation is evaluation
+    with watched(model, batches.append): assert HeatmapPanel(model, IMAGES, evaluation).explorer.set_logits is evaluation.logits
     assert set(batches) == {1} and not cache.exists()
 
 
@@ -482,7 +482,7 @@ def test_training_on_while_the_set_is_classified_changes_nothing(model):
     go_on.set()
     panel.wait()
     hook.remove()
-    assert torch.allclose(panel.explorer.evaluation.logits, expected, atol=1e-5)
+    assert torch.allclose(panel.explorer.set_logits, expected, atol=1e-5)
 
 
 def test_a_model_that_cannot_be_copied_is_refused(model):
@@ -690,7 +690,7 @@ def test_a_model_that_fails_on_a_batch_is_said(model):
     panel = opened(model, IMAGES)
     assert 'could not be classified: only one at a time' in said(panel) and panel.progress.layout.display == 'none'
     choose(panel, place=2)
-    assert panel.explorer.evaluation is None and (on_screen(panel)[0] == IMAGES.images[1]).all()
+    assert panel.explorer.set_logits is None and (on_screen(panel)[0] == IMAGES.images[1]).all()
 
 
 def test_images_of_another_size_that_the_model_can_take(model):
@@ -749,3 +749,42 @@ def test_with_nothing_given_and_cifar10_there(cache):
     (cache/'eva_session9').symlink_to(os.environ['EVA9_CIFAR10'], target_is_directory=True)
     model, images = default_model_and_images()
     assert len(images) == 10_000 and model.card['classes'] == list(images.classes)
+
+
+# What a second reading found
+
+def test_images_of_classes_that_the_model_does_not_know_are_classified_too():
+    model = convolutional()
+    model.head[2] = nn.Linear(32, 2)
+    model.card = {'classes': ('ring', 'star'), 'mean': MEAN, 'std': STD}
+    panel = opened(model.eval(), IMAGES)
+    assert panel.explorer.set_logits.shape == (60, 2) and 'could not be classified' not in said(panel)
+    assert (panel.explorer.table.true >= 0).sum() == 12  # six rings and six stars
+
+
+def test_maps_are_those_of_gradcam_where_batch_norm_looks_at_the_batch():
+    model = convolutional()
+    for stage in list(model)[:3]: stage[1] = nn.BatchNorm2d(stage[1].num_features, track_running_stats=False)
+    explorer, picked = Explorer(model.eval(), IMAGES), None
+    view = View(show='all', order='as in the set', layers=('layer1', 'layer2'))
+    picked = explorer.pick(view)
+    found = explorer.heatmaps(picked, 'GradCAM', view.layers)
+    for name, expected in METHODS['GradCAM'](explorer.model, list(view.layers))(inputs()[:1], 'all').raw.items():
+        assert torch.allclose(found[name].raw[name], expected, atol=1e-6)
+
+
+def test_no_class_is_marked_where_two_are_compared(panel, model):
+    explorer = panel.explorer
+    wrong = replace(panel.view, explain=3)
+    assert explorer.page(wrong).explained == 3 and explorer.page(replace(wrong, difference=True)).explained == -1
+
+
+def test_a_model_whose_card_is_none_is_taken():
+    model = convolutional()
+    model.card = None
+    assert Explorer(model, IMAGES, mean=MEAN, std=STD).classes == IMAGES.classes
+
+
+def test_a_view_of_a_very_flat_image_can_be_saved():
+    page = Page('', 'flat', ((png(np.zeros((1, 300, 3), np.uint8)), 'a line'),))
+    assert decode(view_png(page)).shape[1] > 300

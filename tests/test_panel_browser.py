@@ -21,8 +21,9 @@ from PIL import Image
 
 from eva_session9.cli import _sets, _write_page
 from eva_session9.data import shapes
+from eva_session9.engine import Evaluation
 from eva_session9.models.resnet import resnet18
-from eva_session9.panel import Explorer, View, changed, logits_file, select, sprite, stored_evaluation
+from eva_session9.panel import Explorer, View, changed, logits_file, select, sprite, stored_logits
 from eva_session9.preprocessing import loader, test_transforms as transforms
 from eva_session9.save_load import load_model, pretrained, save_model
 
@@ -229,9 +230,12 @@ def explorer_of(model, images, home):
     "What the panel must show, from the logits that it kept."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('XDG_CACHE_HOME', str(home/'xdg_cache_home'))
-        evaluation = stored_evaluation(logits_file(model, images, model.card['mean'], model.card['std']), images)
-    assert evaluation is not None, 'the panel kept no logits'
-    return Explorer(model, images, evaluation)
+        logits = stored_logits(logits_file(model, images, model.card['mean'], model.card['std']), len(images), len(model.card['classes']))
+    assert logits is not None, 'the panel kept no logits'
+    return Explorer(model, images, Evaluation(logits, torch.from_numpy(images.labels)))
+
+
+def mistakes(person): return Evaluation(person.explorer.set_logits, torch.from_numpy(person.explorer.images.labels)).misclassified
 
 
 CLASSIFIED = '.eva9-grid .widget-radio-box label:has-text("%")'
@@ -241,9 +245,9 @@ CLASSIFIED = '.eva9-grid .widget-radio-box label:has-text("%")'
 
 def test_it_opens_on_the_surest_mistake(person):
     picked = person.sees().picked
-    assert picked.key == person.explorer.evaluation.misclassified[0]
+    assert picked.key == mistakes(person)[0]
     person.sees_thumbnails()
-    playwright.expect(person.page.locator('.eva9')).to_contain_text(f'{len(person.explorer.evaluation.misclassified)} images')
+    playwright.expect(person.page.locator('.eva9')).to_contain_text(f'{len(mistakes(person))} images')
     playwright.expect(person.page.locator('.eva9-grid .widget-radio-box label').first).to_contain_text(f'#{picked.key}')
 
 
@@ -399,7 +403,7 @@ def test_the_librarys_own_model_on_cifar10(home, browser):
         page.locator(CLASSIFIED).first.wait_for(timeout=5 * LONG)
         person = Person(page, explorer_of(pretrained(), _sets('cifar10', root, limit)[1], home))
         shown = person.sees()
-        assert shown.picked.key == person.explorer.evaluation.misclassified[0]
+        assert shown.picked.key == mistakes(person)[0]
         if picture: store(page.locator('.eva9').screenshot(), picture)
         page.close()
     finally: end(server)

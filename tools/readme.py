@@ -35,6 +35,7 @@ def render():
     return {root / 'README.md': text.encode(), **figures}
 
 
+if sys.argv[1:] not in ([], ['--check']): sys.exit(f'found {" ".join(sys.argv[1:])}, expected nothing or --check: {__doc__}')
 files = render()
 if '--check' in sys.argv[1:]:
     for path, data in files.items():

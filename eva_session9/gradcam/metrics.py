@@ -149,6 +149,9 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
             ) -> Tensor:
     "Noisy linear imputation: each removed pixel is the weighted mean of its eight neighbours, plus noise (Rong et al. 2022, section 4.2)."
     if removed.flatten(1).all(1).any(): raise ValueError('removed: an image has no pixel left to fill in from; remove fewer pixels')
+    expected = (len(images), *images.shape[-2:])
+    if removed.dtype != torch.bool or removed.shape != expected: raise ValueError(f'removed: found {removed.dtype} {tuple(removed.shape)}, expected torch.bool {expected}')
+    if not images.isfinite().all(): raise ValueError('images: found values that are not finite, expected numbers; leave out these images')
     unknown, dtype = removed[:, None], images.dtype
     images = images.to(torch.promote_types(dtype, torch.float32))
     def laplacian(x): return torch.where(unknown, present * x - _neighbours(x), 0)
@@ -226,7 +229,7 @@ def energy_in(maps: Tensor,   # (N, H, W), not negative
     "The fraction of each map's sum inside its mask, (N,); for an all-zero map, as for a uniform one, the mask's fraction of the image."
     if not maps.min() >= 0: raise ValueError(f'maps: found {maps.min():.3g}, expected no negative value: take `Heatmaps.maps`')
     empty = maps.flatten(1).amax(1) == 0
-    maps = torch.where(empty[:, None, None], 1, maps)
+    maps = torch.where(empty[:, None, None], 1, maps).to(torch.promote_types(maps.dtype, torch.float32))  # a sum can exceed half precision
     return (maps * _same_size(masks, maps)).sum((1, 2)) / maps.sum((1, 2))
 
 def matched_iou(maps: Tensor,   # (N, H, W)
@@ -277,7 +280,13 @@ def randomized(model: nn.Module,
 
 def _redraw(module):
     "New values for the weights that the module itself holds."
-    if hasattr(module, 'reset_parameters'): return module.reset_parameters()
+    if hasattr(module, 'reset_parameters'):
+        before = {name: p.clone() for name, p in module.named_parameters(recurse=False) if name not in ('weight', 'bias')}
+        module.reset_parameters()
+        kept = [name for name, p in before.items() if p.numel() and torch.equal(p, getattr(module, name))]
+        if not kept: return
+        raise ValueError(f'{type(module).__name__}: found weights in {", ".join(kept)}, which reset_parameters leaves as they are, as after weight_norm, '
+                         'spectral_norm or pruning; remove these first (remove_weight_norm, prune.remove), or leave out this stage')
     if next(module.parameters(recurse=False), None) is None: return
     raise ValueError(f'{type(module).__name__} has weights, but no method reset_parameters to draw new ones; define it, or leave out this stage')
 
