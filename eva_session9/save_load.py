@@ -34,17 +34,26 @@ class CheckpointError(Exception):
 # %% ../nbs/05_save_load.ipynb #37d4a832
 def write_atomically(path: Path, blob: bytes): # the final file and its content
     "Write `blob` to `path` atomically. A failure raises `CheckpointError` and leaves the old file as it was."
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    _write_together({path: blob})
+
+def _write_together(files):
+    "Write each file (path -> content) under a temporary name, and rename them when all are written."
+    parts = {path: path.with_name(f'{path.name}.{os.getpid()}.part') for path in files}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as f:
-            f.write(blob)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        for path, blob in files.items(): _write_to_disk(parts[path], blob)
+        for path, part in parts.items(): os.replace(part, path)
     except OSError as error:
-        with suppress(OSError): part.unlink()  # there may be none, or no folder to hold it
-        raise CheckpointError(f'{path}: could not write {len(blob):,} bytes ({error}); free some space or choose another folder') from error
+        for part in parts.values():
+            with suppress(OSError): part.unlink()  # there may be none, or no folder to hold it
+        raise CheckpointError(f'{path}: could not write {len(files[path]):,} bytes ({error}); free some space or choose another folder') from error
+
+def _write_to_disk(path, blob):
+    "Write a file, and wait until it is on the disk."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'wb') as f:
+        f.write(blob)
+        f.flush()
+        os.fsync(f.fileno())
 
 # %% ../nbs/05_save_load.ipynb #b95ea88c
 def save_model(model: nn.Module,                   # a network of this library, of the architecture that the card names
@@ -63,8 +72,7 @@ def save_model(model: nn.Module,                   # a network of this library, 
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
     text = json.dumps(card, indent=1)
-    write_atomically(path, blob)
-    write_atomically(path.with_suffix('.json'), text.encode())
+    _write_together({path: blob, path.with_suffix('.json'): text.encode()})
     return card
 
 def _check_keys(card):

@@ -5,6 +5,7 @@ import struct
 import time
 import zlib
 from base64 import b64decode
+from copy import deepcopy
 from dataclasses import fields, replace
 from datetime import datetime
 from functools import partial
@@ -20,7 +21,7 @@ from torch import nn
 
 from eva_session9.data import ImageSet, shapes
 from eva_session9.engine import Evaluation
-from eva_session9.gradcam import METHODS
+from eva_session9.gradcam import METHODS, Heatmaps
 from eva_session9.models.resnet import resnet18
 from eva_session9.panel import (
     ORDERS, Explorer, HeatmapPanel, Page, View, default_model_and_images, default_source, png, probe, select, takes_many_passes,
@@ -379,7 +380,7 @@ def test_many_passes_are_told_cancelled_and_taken_up_again(panel, method):
     go_on.set()
     work.join(120)
     assert panel.cancel.description == 'Compute' and len(on_screen(panel)) == 1
-    assert not any(made == method for _, made, _ in panel.explorer.made)
+    assert not any(made == method for _, made, _, _ in panel.explorer.made)
     panel.controls['alpha'].value = 0.2
     assert panel.computing is None
     panel.cancel.click()
@@ -416,7 +417,7 @@ def test_a_method_that_fails_in_the_background_is_said_and_can_be_tried_again(pa
     panel.wait()
     assert f'ScoreCAM failed with {error.__name__}: no' in said(panel) and len(on_screen(panel)) == 1
     assert panel.cancel.description == 'Compute' and panel.passes.layout.display == 'none' and panel.computing is None
-    assert not any(method == 'ScoreCAM' for _, method, _ in panel.explorer.made)
+    assert not any(method == 'ScoreCAM' for _, method, _, _ in panel.explorer.made)
     hook.remove()
     panel.cancel.click()
     panel.wait()
@@ -521,6 +522,83 @@ def test_a_compiled_model_that_has_run_offers_its_layers(model):
     with torch.inference_mode(): model(x)
     assert probe(model, x)[1] == layers
     assert len(on_screen(opened(model, IMAGES))) == 4
+
+
+# More classes than fit a list
+
+@pytest.fixture
+def thousand():
+    "A panel for a model of 1,000 classes, of which the set has ten."
+    model = convolutional()
+    model.head[2] = nn.Linear(32, 1000)
+    model.card |= {'classes': [*IMAGES.classes, *(f'class {k}' for k in range(10, 1000))]}
+    panel = opened(model, IMAGES)
+    choose(panel, show='all', order='as in the set', place=6)
+    return panel
+
+
+@pytest.mark.parametrize('method', QUICK + SLOW)
+def test_any_of_many_classes_can_be_explained(thousand, method):
+    choose(thousand, method=method, alpha=0.35)
+    thousand.any_class.value = 700
+    thousand.wait()
+    asked = METHODS[method](deepcopy(thousand.explorer.model), list(thousand.view.layers))(inputs()[5:6], 700)
+    for picture, heatmap, caption in zip(on_screen(thousand)[1:], asked.maps[0], captions(thousand)[1:], strict=True):
+        if 'no positive evidence' not in caption:
+            assert abs(picture - overlay(IMAGES.images[5], heatmap, 0.35).astype(int)).max() <= 2
+    assert thousand.title.value.startswith(f'{method} for class 700')
+
+
+def test_of_many_classes_the_likeliest_are_listed_and_the_one_explained(thousand):
+    picked = thousand.explorer.pick(thousand.view)
+    likeliest = picked.logits.topk(10).indices.tolist()
+    control = thousand.controls['explain']
+    assert [value for _, value in control.options] == ['predicted', 'true', *likeliest]
+    other = int(picked.logits.argmin())
+    thousand.any_class.value = other
+    assert [value for _, value in control.options] == ['predicted', 'true', *likeliest, other] and control.value == other
+    share = picked.logits.softmax(0)[other]
+    assert f'{share:.1%}' in control.options[-1][0] and thousand.bars.value.count('{background') == 11
+    control.value = likeliest[3]
+    assert thousand.any_class.value == likeliest[3] == thousand.view.explain and len(control.options) == 12
+    control.value = 'true'
+    assert thousand.any_class.value is None and thousand.view.explain == 'true'
+    assert thousand.snapshot().count('<tr>') == 11 and 'of the likeliest classes' in thousand.snapshot()
+
+
+def test_one_of_many_classes_costs_one_pass(thousand):
+    passes = []
+    with watched(thousand.explorer.model, passes.append):
+        thousand.any_class.value = 700
+        choose(thousand, method='LayerCAM')
+        choose(thousand, difference=True)
+    assert passes == [1, 1, 1]  # 700 by two methods, the predicted class, and the true one
+    choose(thousand, method='EigenCAM', difference=False)
+    with watched(thousand.explorer.model, passes.append): thousand.any_class.value = 3
+    assert len(passes) == 3  # without gradients, every class comes from the same pass
+
+
+def test_the_difference_of_two_of_many_classes(thousand):
+    picked = thousand.explorer.pick(thousand.view)
+    def margin(logits): return logits[:, picked.predicted] - logits[:, picked.true]
+    for method in ('GradCAM', 'AblationCAM'):
+        choose(thousand, method=method, difference=True, alpha=1)
+        cam = METHODS[method](deepcopy(thousand.explorer.model), 'layer3')
+        raw = cam(inputs()[5:6], margin).raw['layer3'][0]
+        drawn = F.interpolate(raw[None, None], (32, 32), mode='bilinear')[0, 0]
+        expected = overlay(picked.pixels, (1 + drawn / drawn.abs().max()) / 2, 1, 'RdBu_r').astype(int)
+        assert abs(on_screen(thousand)[3] - expected).max() <= 2
+
+
+def test_the_oldest_heatmaps_make_room(panel):
+    explorer, layers = panel.explorer, ('layer3',)
+    large = Heatmaps({'layer3': torch.zeros(1).expand(1, 10, 1000, 3000)}, (32, 32), torch.zeros(1, 10), None)  # of 120 MB
+    first, second = (explorer.pick(replace(panel.view, place=place)) for place in (1, 2))
+    explorer.made = {(key, 'GradCAM', 'layer3', 'all'): large for key in (7, 8, first.key)}
+    explorer.heatmaps(first, 'GradCAM', ('layer2', 'layer3'))
+    assert [key for key, *_ in explorer.made] == [8, first.key, first.key]  # what was asked for stays
+    explorer.heatmaps(second, 'GradCAM', layers)
+    assert {key for key, *_ in explorer.made} == {8, first.key, second.key}
 
 
 # Bad input
