@@ -10,6 +10,7 @@ __all__ = ['eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary', 'eva9_p
 # %% ../nbs/11_cli.ipynb #7cf7585c
 import json
 import math
+import re
 import shlex
 import sys
 import warnings
@@ -52,7 +53,9 @@ def _config(name, epochs=None):
         try: config = config_from(json.loads(Path(name).read_text()))
         except FileNotFoundError as error: raise ValueError(f'--config {name}: no such file') from error
         except (OSError, ValueError, TypeError, RecursionError) as error: raise ValueError(f'--config {name}: {error}') from error
-    return config if epochs is None else replace(config, epochs=epochs)
+    if epochs is None: return config
+    if 0 < epochs < len(config.sizes): warnings.warn(f'--epochs {epochs}: of the {len(config.sizes)} sizes of images, only the last {epochs} {"are" if epochs > 1 else "is"} used')
+    return replace(config, epochs=epochs, sizes=config.sizes[-epochs:])
 
 # %% ../nbs/11_cli.ipynb #069e30f7
 def _sets(data, root=None, limit=None, size=32):
@@ -85,25 +88,27 @@ def eva9_train(
     config: str = 'session9', # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
     epochs: int = None,       # number of epochs, in place of the recipe's
     limit: int = None,        # use at most this many training images and this many test images
-    resume: bool = False,     # continue the run in `out`
+    resume: bool = False,     # continue the run in `out`, if there is one
     out: str = 'eva9-train',  # folder for checkpoints, model, history and figures
 ):
     "Train a ResNet by a recipe, test it after each epoch, and save the model, its history and figures."
     with _one_line_errors('eva9_train'), _distributed() as process:
         from torch.backends import cudnn
         from eva_session9.config import seed_everything
-        from eva_session9.engine import _world_size, fit, test
+        from eva_session9.engine import fit, test
         from eva_session9.models.resnet import make_model
         from eva_session9.preprocessing import recipe_batches
+        from eva_session9.save_load import checkpoints
         recipe, sets, out = _config(config, epochs), _sets(data, root, limit), Path(out)
         train_batches, test_batches = recipe_batches(recipe, *sets)
         cudnn.benchmark = True  # without effect on a CPU
         seed_everything(recipe.seed)
         model = make_model(recipe.architecture, len(sets[0].classes))
+        if resume and not checkpoints(out / 'checkpoints'): warnings.warn(f'{out} holds no run yet, so a new one begins')
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
         if process: return  # only the first process writes
         evaluation = test(model, test_batches, history.precision)
-        history.command = _launcher(_world_size()) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
+        history.command = _launcher(history.hardware) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
         tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
         history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')
@@ -118,9 +123,10 @@ def _distributed():
     from eva_session9.engine import distributed
     with distributed() as process: yield process
 
-def _launcher(processes):
-    "The beginning of a command line that starts it in several processes; '' for one."
-    return f'torchrun --standalone --nproc-per-node {processes} --no-python ' if processes > 1 else ''
+def _launcher(hardware):
+    "The beginning of a command line that starts as many processes as the record's hardware, 'N x ...', stands for; '' for one."
+    found = re.match(r'(\d+) x ', hardware)
+    return f'torchrun --standalone --nproc-per-node {found[1]} --no-python ' if found else ''
 
 def _command(name, data, config, **given):
     "The command line that repeats a run."

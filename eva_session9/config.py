@@ -37,7 +37,7 @@ class Config:
     seed: int = 42                  # random seed of initial weights (with `seed_everything`), shuffling and augmentation
 
     nesterov: bool = False          # use Nesterov momentum
-    muon_lr: float = 0.0            # peak learning rate of Muon, for all convolutions but the first; 0: SGD for all weights
+    muon_lr: float = 0.0            # peak learning rate of Muon, for convolutions of more than three input channels; 0: SGD for all weights
     warmup: float = 0.0             # fraction of the steps with linear warm-up, then linear decay to 0; 0: `step_size` and `gamma` apply instead
     label_smoothing: float = 0.0    # fraction of the target spread evenly over all classes
     lookahead: int = 0              # steps between two updates of the slow weights of Lookahead; 0: no Lookahead
@@ -49,7 +49,10 @@ class Config:
     compile: bool = False           # on a GPU, use torch.compile and CUDA graphs
 
     def __post_init__(self):
-        for field in fields(self): _check(field, getattr(self, field.name))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            _check(field, value)
+            object.__setattr__(self, field.name, field.type(value))  # plain, also where NumPy or an int gave it
         _check_together(self)
 
     def __repr__(self):
@@ -75,6 +78,7 @@ class Config:
     def size(self, epoch: int # 0, 1, 2, ...
             ) -> int | None: # pixels a side; None: no resizing
         "The side of the training images in `epoch`: the epochs are divided among `sizes` in order, as evenly as possible."
+        if not 0 <= epoch < self.epochs: raise ValueError(f'epoch: found {epoch}, expected 0 to {self.epochs - 1}')
         return self.sizes[epoch * len(self.sizes) // self.epochs] if self.sizes else None
 
 # %% ../nbs/00_config.ipynb #8d722e25
@@ -149,7 +153,7 @@ def pick_device(name: str = 'auto' # 'auto' (CUDA if available, else the CPU), '
     "The device called `name`. An unknown or unavailable one raises `ValueError`."
     if name == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try: device = torch.device(name)
-    except RuntimeError: raise ValueError(f"device: found {name!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from None
+    except (RuntimeError, TypeError): raise ValueError(f"device: found {name!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from None
     here = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(device.type, 0)
     if (device.index or 0) >= here: raise ValueError(f"device {name!r} was asked for but is not available here; use 'auto' or 'cpu'")
     return device

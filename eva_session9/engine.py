@@ -51,9 +51,9 @@ def train_step(model: nn.Module,                 # in train mode
                precision: str = 'fp32',          # 'fp32' or 'bf16'
                label_smoothing: float = 0.0      # fraction of the target spread evenly over all classes
               ) -> tuple[Tensor, Tensor]:        # mean loss, and logits (B, K) before the step
-    "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change."
+    "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change, a label out of range `ValueError` (on a GPU, CUDA's own error)."
     logits = forward(model, x, precision)
-    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    loss = _cross_entropy(logits, y, label_smoothing)
     total = _total(loss, model)
     finite = _async_item(total.isfinite())
     optimizer.zero_grad(set_to_none=True)
@@ -61,6 +61,18 @@ def train_step(model: nn.Module,                 # in train mode
     if not finite(): raise FloatingPointError(_not_finite(total, optimizer))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): optimizer.step()
     return loss.detach(), logits.detach()
+
+def _cross_entropy(logits, y, label_smoothing):
+    "The mean over all images. By default PyTorch would leave out those with the label -100."
+    try: return F.cross_entropy(logits, y, label_smoothing=label_smoothing, ignore_index=torch.iinfo(torch.int64).min)
+    except IndexError:
+        _check_labels(y, logits.shape[1])
+        raise
+
+def _check_labels(labels, k):
+    "Raise unless the labels are among 0 to K - 1."
+    least, most = labels.min().item(), labels.max().item()
+    if least < 0 or most >= k: raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} output{"s" * (k != 1)}')
 
 def _total(loss, model):
     "The loss; under DistributedDataParallel the sum over all processes, so that a loss that is not finite in one stops them all."
@@ -101,8 +113,8 @@ class Scores(NamedTuple):
     loss: float     # cross-entropy, nats
     accuracy: float # fraction
 
-def train(model: nn.Module,                 # on its device; put into train mode
-          batches: Iterable,                # of (x, y)
+def train(model: nn.Module,                 # on its device; put into train mode, but for frozen batch normalisation
+          batches: Iterable,                # of (x, y); those of this library need `set_epoch` before each pass
           optimizer: torch.optim.Optimizer, # of the model's parameters
           precision: str = 'fp32',          # 'fp32' or 'bf16'
           label: str = 'train',             # of the progress bar
@@ -110,9 +122,11 @@ def train(model: nn.Module,                 # on its device; put into train mode
          ) -> Scores:
     """Train for one pass over `batches`. Inside `distributed`, all processes must call it.
 
-    Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, and `TypeError` for one of another form."""
+    Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, `TypeError` for one of another form, and
+    `ValueError` for a label out of range. Warns of a second pass over the same shuffled epoch."""
     device = _device(model)
-    model.train()
+    _warn_of_repetition(batches)
+    _train_mode(model)
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for i, batch in enumerate(progress := _one_pass(batches, label)):
         x, y = _checked_pair(batch, device)
@@ -169,6 +183,20 @@ def _ours(batches):
     "Whether the batches are of this library, which know the images in each batch."
     return callable(getattr(batches, 'indices', None))
 
+def _train_mode(model):
+    "Train mode, but for normalisation whose own parameters are frozen: its statistics stay what they are."
+    for module in model.train().modules():
+        own = list(module.parameters(recurse=False)) if isinstance(module, nn.modules.batchnorm._NormBase) else []
+        if own and not any(p.requires_grad for p in own): module.eval()
+
+def _warn_of_repetition(batches):
+    "Warn if `train` has read the same epoch of these batches before: the same order, the same augmentation."
+    sampler = getattr(batches, 'sampler', None)
+    if not _ours(batches) or not getattr(sampler, 'shuffle', False): return
+    if sampler.trained: warnings.warn(f'epoch {sampler.epoch} of these batches is trained on again, with the same order and augmentation; '
+                                      'call batches.set_epoch(epoch) before each pass')
+    sampler.trained = True
+
 def _device(model):
     "The device of the model; the CPU if it has no parameters."
     return next((p.device for p in model.parameters()), torch.device('cpu'))
@@ -186,14 +214,13 @@ def _too_large(device, batch_size):
 # %% ../nbs/06_engine.ipynb #1fae09bc
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    "A model's logits for a set and the true labels; accuracy, mistakes and confusion matrix follow from them. Labels out of range raise `ValueError`."
+    "A model's logits for a set and the true labels; accuracy, mistakes and confusion matrix follow from them. Labels out of range, or not one per image, raise `ValueError`."
     logits: Tensor # float32 (N, K), on the CPU
     labels: Tensor # int64 (N,), on the CPU
 
     def __post_init__(self):
-        if not len(self.labels): return
-        least, most, k = self.labels.min().item(), self.labels.max().item(), self.logits.shape[1]
-        if least < 0 or most >= k: raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} output{"s" * (k != 1)}')
+        if len(self.labels) != len(self.logits): raise ValueError(f'labels: found {len(self.labels)} for the logits of {len(self.logits)} images, expected one each')
+        if len(self.labels): _check_labels(self.labels, self.logits.shape[1])
 
     @property
     def loss(self) -> float:
@@ -372,7 +399,7 @@ class RecordedStep:
 def _gradients(model, optimizer, precision, label_smoothing, x, y):
     "Loss, logits, and whether the loss is finite; the gradients in the layout of the weights, as a fused optimizer wants them."
     logits = forward(model, x, precision)
-    loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    loss = _cross_entropy(logits, y, label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     for p in model.parameters():
@@ -395,7 +422,8 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         out: str | Path | None = None,        # folder for checkpoints, of the start and of each epoch; the newest two are kept
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
-    """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
+    """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode, but for batch
+    normalisation whose parameters are frozen, which is kept in eval mode.
 
     The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
     and for batches that depend only on `set_epoch` and PyTorch's global generators. Raises `FloatingPointError` for a loss or weights that are
@@ -436,7 +464,7 @@ def _begin(model, batches, history, state, device, out):
     parts = _parts(model, config, len(batches))
     if state: _restore(parts, state, out)
     _check_finite(model, 'before the first step; make or load the model anew')
-    model.train()
+    _train_mode(model)
     return network, parts, partial(_step, one_step, parts, config, len(batches))
 
 def _parts(model, config, steps):
@@ -455,6 +483,7 @@ def _epoch(network, step, parts, train_batches, test_batches, config, precision,
     "Train for one epoch and test, if there is something to test on; the scores by name."
     if hasattr(train_batches, 'set_epoch'): train_batches.set_epoch(epoch)
     _sync_generators(next(network.parameters()).device)
+    if _ours(train_batches): _part_generators()
     trained = train(network, _shared(train_batches, network), parts['optimizer'], precision, f'epoch {epoch + 1}', step(config.size(epoch)))
     _sync_buffers(parts['model'])
     _check_finite(parts['model'], f'after epoch {epoch + 1}; make the model anew and start again with a lower learning rate'
@@ -462,7 +491,9 @@ def _epoch(network, step, parts, train_batches, test_batches, config, precision,
     if not config.warmup: parts['schedule'].step()
     scores = {'train_loss': trained.loss, 'train_accuracy': trained.accuracy}
     if test_batches is None: return scores
+    before = rng_state()
     tested = test(parts['model'], test_batches, precision)
+    set_rng_state(before)  # a DataLoader draws a seed even where it does not shuffle
     return scores | {'test_loss': tested.loss, 'test_accuracy': tested.accuracy}
 
 def _check_finite(model, when):
@@ -488,6 +519,7 @@ def _step(one_step, parts, config, steps, size):
 def _resized(x, size):
     "The images at `size` pixels a side, antialiased; None: as they are."
     if size is None or x.shape[2:] == (size, size): return x
+    if x.ndim != 4: raise ValueError(f'images: found {tuple(x.shape)}, expected (B, 3, H, W), as the recipe has sizes')
     if x.shape[2] != x.shape[3]: raise ValueError(f'images: found {x.shape[2]} x {x.shape[3]} pixels, expected square ones, as the recipe has sizes; crop them')
     return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
@@ -545,6 +577,10 @@ def _sync_generators(device):
     torch.set_rng_state(cpu)
     if gpu is not None: torch.cuda.set_rng_state(gpu, device)
 
+def _part_generators():
+    "Give each process but the first generators of its own, so that dropout differs; for batches that are shuffled without them."
+    if _rank(): torch.manual_seed(torch.randint(2**62, ()).item() + _rank())
+
 def _check_shares(batches, config):
     "Raise for batches that several processes cannot share."
     n = _world_size()
@@ -573,6 +609,7 @@ def _check_arguments(model, train_batches, test_batches, config, out, resume):
     if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast()')
     _check_trainable(model)
     _check_batches(train_batches, config)
+    _check_recipe(train_batches, config)
     _check_test_batches(test_batches)
     if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
     _check_shares(train_batches, config)
@@ -583,13 +620,16 @@ def _check_trainable(model):
     raise ValueError('the model: found no parameter that requires a gradient, expected at least one; unfreeze what is to be trained with requires_grad_()')
 
 def _check_batches(batches, config):
-    "Raise for what cannot be trained on epoch after epoch, and for batches of another recipe."
+    "Raise for what cannot be trained on epoch after epoch."
     if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
     try: n = len(batches)
     except TypeError as error:
         raise TypeError(f'training batches: {type(batches).__name__} has no length ({error}); pass a list or a loader of (x, y)') from error
     if not n: raise ValueError(_NO_BATCHES.format('train'))
-    if not _ours(batches): return _warn_of_size(batches, config)  # their seed is not known
+
+def _check_recipe(batches, config):
+    "Raise for batches of this library that were made by another recipe; of others, only the size is known."
+    if not _ours(batches): return _warn_of_size(batches, config)
     found, expected = (batches.batch_size, batches.dataset.seed), (config.batch_size, config.seed)
     if found != expected:
         raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _FROM_THE_START, _check_classes, _check_trainable, _checked_pair, _resized, _resolve_precision, _too_large, prepare, train_step
+from .engine import _FROM_THE_START, _check_classes, _check_recipe, _check_trainable, _checked_pair, _resized, _resolve_precision, _too_large, _train_mode, prepare, train_step
 from .optim import make_optimizer, zero_gamma
 from .save_load import write_atomically
 
@@ -58,9 +58,18 @@ class LRCurve:
     seconds: float = 0.0          # duration of the sweep
 
     def __post_init__(self):
+        self.lrs, self.losses = ([float(value) for value in values] for values in (self.lrs, self.losses))
         if len(self.lrs) != len(self.losses):
             raise ValueError(f'LRCurve: found {len(self.lrs)} learning rates and {len(self.losses)} losses, expected equally many')
         if not all(map(math.isfinite, self.losses)): raise ValueError('LRCurve: found a loss that is not finite, expected a curve that ends before it')
+        if not _even(self.lrs): raise ValueError('LRCurve: found other learning rates, expected ascending ones, evenly spaced on a log scale')
+
+def _even(lrs):
+    "Whether the rates are ascending, and evenly spaced on a log scale, but for rounding."
+    if len(lrs) < 2: return True
+    if min(lrs) <= 0: return False
+    steps = np.diff(np.log(lrs))
+    return steps.min() > 0 and steps.max() <= 1.01 * steps.min()
 
 # %% ../nbs/07_lr_finder.ipynb #6afcf2bd
 _FEWEST = 10   # points that can show a fall
@@ -161,14 +170,15 @@ def load(cls: LRCurve, path: str | Path # that `save` wrote
 def _copies(model, optimizer, config, device):
     "Copies of the model and its optimizer on the device, in train mode."
     if optimizer is None:
-        trial = copy.deepcopy(model).to(device).train()
+        trial = copy.deepcopy(model).to(device)
+        _train_mode(trial)
         if config.zero_gamma: zero_gamma(trial)
-        return trial, make_optimizer(trial, config)[0]
+        return trial, make_optimizer(trial, config, 1)[0]
     theirs = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not theirs <= {id(p) for p in model.parameters()}:
         raise ValueError('the optimizer holds parameters that the model does not; build it from model.parameters()')
     trial, trial_optimizer = copy.deepcopy((model, optimizer))
-    trial.to(device).train()
+    _train_mode(trial.to(device))
     trial_optimizer.load_state_dict(trial_optimizer.state_dict())  # moves the momentum to where the weights went
     return trial, trial_optimizer
 
@@ -254,9 +264,10 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Has no side effects.
 
     Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises `FloatingPointError`.
-    Frozen models, batches that can be read only once, and sets with more classes than the model has outputs raise `ValueError`, batches too large
+    Frozen models, batches that can be read only once or are of another recipe, labels out of range, and sets with more classes than the model has outputs raise `ValueError`, batches too large
     for a GPU `MemoryError`, a config or batches of the wrong type `TypeError`. Each of the curve's `caveats` is issued as a warning."""
     _check(batches, config, start, end, steps)
+    _check_recipe(batches, config)
     _check_trainable(model)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:

@@ -19,23 +19,24 @@ from .models.resnet import BasicBlock, Bottleneck
 # %% ../nbs/05a_optim.ipynb #6aa9a47f
 def make_optimizer(model: nn.Module, # its parameters are optimised
                    config: Config,   # lr, momentum, weight_decay, nesterov, muon_lr; warmup, or step_size and gamma
-                   steps: int = 1    # steps per epoch; used with `warmup` only
+                   steps: int | None = None # steps per epoch; needed with `warmup`
                   ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LRScheduler]:
-    "The recipe's optimizer and learning-rate schedule. Step the schedule once per epoch, or with `warmup` once per training step."
+    "The recipe's optimizer and learning-rate schedule. Step the schedule once per epoch, or with `warmup` once per training step. `warmup` without `steps` raises `ValueError`."
+    if config.warmup and not steps: raise ValueError(f'steps: found {steps}, expected the number of steps per epoch, such as len(batches), as the recipe has warmup')
     options = {'lr': config.lr, 'momentum': config.momentum, 'weight_decay': config.weight_decay, 'nesterov': config.nesterov}
     optimizer = Muon(model, config.muon_lr, **options) if config.muon_lr else torch.optim.SGD(model.parameters(), **options)
     if not config.warmup: return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: triangle(step / (steps * config.epochs), config.warmup))
 
-def triangle(done: float,  # share of the steps that are done, in [0, 1]
+def triangle(done: float,  # share of the steps that are done; 0 at the start, 1 at the end
              warmup: float # fraction of the steps with a rising learning rate, in (0, 1)
             ) -> float:    # factor by which the peak learning rate is multiplied
-    "Rises linearly from 0.2 to 1 (*warm-up*), then falls linearly to 0 (*decay*)."
-    return 0.2 + 0.8 * done / warmup if done < warmup else (1 - done) / (1 - warmup)
+    "Rises linearly from 0.2 to 1 (*warm-up*), then falls linearly to 0 (*decay*), where it stays."
+    return 0.2 + 0.8 * done / warmup if done < warmup else max(0, 1 - done) / (1 - warmup)
 
 # %% ../nbs/05a_optim.ipynb #50e891e1
 class Muon(torch.optim.SGD):
-    """SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group; its weight has its norm held at sqrt(out_channels).
+    """SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group; its weight has its norm held at sqrt(out_channels). Warns if the model has none.
 
     Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
     def __init__(self,
@@ -45,6 +46,7 @@ class Muon(torch.optim.SGD):
         convolutions = {p for module in model.modules() if isinstance(module, nn.Conv2d) for p in module.parameters()}
         chosen = {p for p in convolutions if p.ndim == 4 and p.shape[1] > 3}
         filters, others = ([p for p in model.parameters() if (p in chosen) == muon] for muon in (True, False))
+        if not filters: warnings.warn('muon_lr: the model has no nn.Conv2d with more than three input channels per group, so muon_lr has no effect')
         super().__init__([{'params': others, 'muon': False},
                           {'params': filters, 'muon': True, 'lr': muon_lr, 'momentum': 0.0, 'weight_decay': 0.0, 'nesterov': False}], **options)
 
@@ -112,6 +114,7 @@ class Lookahead:
                  model: nn.Module, # is changed in place
                  every: int,       # steps between two updates of the slow weights
                  steps: int):      # of the whole run; fewer than `every` raise `ValueError`
+        if every < 1: raise ValueError(f'every: found {every}, expected at least 1')
         if steps < every: raise ValueError(f'lookahead: found {every} in a run of {steps} step{"s" * (steps != 1)}, which would end as it began; '
                                            f'expected at most {steps}; lower lookahead (0: none), or use smaller batches or more epochs')
         self.model, self.every, self.steps, self.done = model, every, steps, 0

@@ -124,6 +124,7 @@ class KeyedSampler(Sampler):
                  seed: int,      # of the order
                  shuffle: bool): # False: in the order of the set
         self.n, self.seed, self.shuffle, self.epoch = n, seed, shuffle, 0
+        self.trained = False  # whether `engine.train` has read this epoch
 
     def __len__(self): return self.n
 
@@ -141,7 +142,7 @@ class Keyed:
     "Mixin of `KeyedLoader` and `Batches` with `set_epoch` and `indices`. Needs the attributes `sampler` and `batch_size`."
     def set_epoch(self, epoch: int): # 0, 1, 2, ...
         "Set the epoch of the next pass, which decides its order and augmentation."
-        self.sampler.epoch = epoch
+        self.sampler.epoch, self.sampler.trained = epoch, False
 
     def indices(self, step: int # 0, 1, 2, ...
                ) -> list[int]:
@@ -171,7 +172,9 @@ def loader(images: ImageSet,     # the set
            shuffle: bool = True, # a new order each epoch
            **options             # of `DataLoader`: `persistent_workers`, `multiprocessing_context`, `pin_memory`, ...
           ) -> KeyedLoader:
-    "Batches (x, y): normalised images, float32 (B, 3, H, W), and labels, int64 (B,). Transforms of another library raise `TypeError`."
+    """Batches (x, y): normalised images, float32 (B, 3, H, W), and labels, int64 (B,). Every pass is the same until `set_epoch` is called.
+
+    Transforms of another library raise `TypeError`."""
     return KeyedLoader(KeyedDataset(images, transform, seed), batch_size, shuffle, num_workers=num_workers, **options)
 
 # %% ../nbs/02_preprocessing.ipynb #04fe3221
@@ -419,7 +422,9 @@ def _twins(transform, device):
 
 # %% ../nbs/02_preprocessing.ipynb #b50f3fcd
 class Batches(Keyed):
-    "Batches (x, y) of a set kept and augmented on the device, depending only on seed and epoch. A transform without a twin raises `ValueError`."
+    """Batches (x, y) of a set kept and augmented on the device. They depend only on seed and epoch: every pass is the same until `set_epoch` is called.
+
+    A transform without a twin raises `ValueError`."""
     def __init__(self,
                  images: ImageSet,         # the set
                  transform: A.Compose,     # from `train_transforms` or `test_transforms`

@@ -18,7 +18,7 @@ from contextlib import suppress
 from importlib.resources import files
 from numbers import Integral, Real
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import PicklingError, UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -71,7 +71,8 @@ def save_model(model: nn.Module,                   # a network of this library, 
         if (value.cpu().isfinite() & ~state[name].isfinite()).any(): raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
-    text = json.dumps(card, indent=1)
+    try: text = json.dumps(card, indent=1)
+    except TypeError as error: raise ValueError(f'card: {error}, expected plain types only; a recipe as dataclasses.asdict(config)') from error
     _write_together({path: blob, path.with_suffix('.json'): text.encode()})
     return card
 
@@ -142,10 +143,14 @@ def save_checkpoint(folder: str | Path, # of the run
                     epoch: int,         # epochs done
                     state: dict         # tensors and plain types only
                    ) -> Path: # of the manifest
-    "Write the state after `epoch` epochs, then delete all other checkpoints but the newest."
+    "Write the state after `epoch` epochs, then delete all other checkpoints but the newest. A state that cannot be read back, and a failed write, raise `CheckpointError`."
     folder, buffer = Path(folder), io.BytesIO()
     for orphan in folder.glob('epoch-*.part'): orphan.unlink()
-    torch.save(state, buffer)
+    try:
+        torch.save(state, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except (UnpicklingError, PicklingError, AttributeError, TypeError) as error:
+        raise CheckpointError(f'{folder}: the state could not be read back ({type(error).__name__}: {error}); keep only tensors and plain types in it') from error
     blob, path = buffer.getvalue(), folder / f'epoch-{epoch:04d}.pt'
     manifest = {'schema': 1, 'epoch': epoch, 'bytes': len(blob), 'sha256': hashlib.sha256(blob).hexdigest()}
     write_atomically(path, blob)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eva_session9.cli import _command, _panel, _panel_source, _sets, eva9_explain, eva9_find_lr, eva9_summary, eva9_train
+from eva_session9.cli import _command, _config, _launcher, _panel, _panel_source, _sets, eva9_explain, eva9_find_lr, eva9_summary, eva9_train
 from eva_session9.lr_finder import LRCurve
 from eva_session9.models.resnet import resnet18
 from eva_session9.save_load import save_model
@@ -55,6 +55,24 @@ def test_two_processes_train_as_one(tmp_path):
     assert done.stdout.count('test accuracy') == 1
     record = json.loads((tmp_path / 'eva9-train' / 'history.json').read_text())
     assert record['command'].split() == launcher + command and record['hardware'].startswith('2 x ')
+
+
+def test_fewer_epochs_than_sizes_use_the_last_sizes():
+    with pytest.warns(UserWarning, match='of the 3 sizes of images, only the last 2 are used'): recipe = _config('laptop', 2)
+    assert (recipe.epochs, recipe.sizes) == (2, (24, 32))
+    assert _config('laptop', 9).sizes == (16, 24, 32)
+    with pytest.raises(ValueError, match='Config.epochs: found 0'): _config('laptop', 0)
+
+
+@pytest.mark.parametrize('hardware, launcher', [('2 x AMD EPYC, 1 threads', 'torchrun --standalone --nproc-per-node 2 --no-python '), ('AMD EPYC, 2 threads', '')])
+def test_the_command_starts_as_many_processes_as_the_record_has(hardware, launcher): assert _launcher(hardware) == launcher
+
+
+def test_a_run_to_be_resumed_that_is_not_there_is_said(tmp_path, capsys):
+    (tmp_path / 'mine.json').write_text('{"batch_size": 8, "epochs": 1, "precision": "fp32", "sizes": [16]}')
+    for said in (1, 0):
+        eva9_train(config=str(tmp_path / 'mine.json'), limit=8, out=str(tmp_path / 'run'), resume=True)
+        assert capsys.readouterr().err.count('run holds no run yet, so a new one begins') == said
 
 
 def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):

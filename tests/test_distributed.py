@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from eva_session9 import engine
 from eva_session9.config import Config, seed_everything
+from eva_session9.data import shapes
+from eva_session9.preprocessing import loader, test_transforms
 
 process = os.environ.get('RANK', 'alone')
 engine.faster_precision = lambda *_: 'fp32' if process in ('0', 'alone') else 'bf16'
@@ -40,13 +42,31 @@ class Last(nn.Module):
         if process == '0': return x
         return torch.cat([x[:-1], x[-1:] * float('nan')])
 
+class Drawn(nn.Module):
+    "Keeps what dropout would draw."
+    def __init__(self):
+        super().__init__()
+        self.numbers = []
+    def forward(self, x):
+        if self.training: self.numbers.append(torch.rand(4))
+        return x
+
+def masks():
+    seed_everything(0)
+    drawn, images = Drawn(), shapes(24, size=16)
+    batches = loader(images, test_transforms(*images.stats()), 8)
+    recipe = Config(epochs=2, batch_size=8, precision='fp32')
+    engine.fit(nn.Sequential(drawn, nn.Flatten(), nn.Linear(768, 10)), batches, None, recipe, 'cpu')
+    return torch.stack(drawn.numbers)
+
 with engine.distributed() as number:
     found = {'number': number,
              'plain': run('plain'),
-             'norm': run('norm', nn.BatchNorm2d(4), lookahead=2, muon_lr=0.02),
+             'norm': run('norm', nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), lookahead=2, muon_lr=0.02),
              'one step': run('one step', nn.BatchNorm2d(4), n=8, epochs=1),
              'auto': run('auto', precision='auto', loader={'generator': torch.Generator().manual_seed(7)}),
              'dropout': run('dropout', nn.Dropout(), n=23),
+             'masks': masks(),
              'again': refused('plain'),
              'nan': refused('nan', Last())}
     if process != 'alone': found['sampler'] = refused('sampler', loader={'shuffle': False, 'sampler': DistributedSampler(images)})
@@ -98,6 +118,12 @@ def test_they_end_as_one_process_does(found, run):
 def test_together_they_see_every_image_once_an_epoch(found, run):
     alone, first, second = (found[name][run]['seen'] for name in ('alone', '0', '1'))
     assert len(first) > len(alone) / 3 and torch.equal(torch.cat([first, second]).sort().values, alone.sort().values)
+
+
+def test_dropout_differs_between_processes(found):
+    alone, first, second = (found[name]['masks'] for name in ('alone', '0', '1'))
+    assert torch.equal(first, alone)
+    assert (first != second).any(1).all()
 
 
 def test_running_statistics_are_those_of_the_first_share(found):
