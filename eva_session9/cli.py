@@ -87,6 +87,7 @@ def eva9_train(
     root: str = None,         # folder of the CIFAR-10 files; your cache folder if not given
     config: str = 'session9', # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
     epochs: int = None,       # number of epochs, in place of the recipe's
+    pretrained: bool = False, # start from the library's own ResNet-18, in place of random weights
     limit: int = None,        # use at most this many training images and this many test images
     resume: bool = False,     # continue the run in `out`, if there is one
     out: str = 'eva9-train',  # folder for checkpoints, model, history and figures
@@ -96,19 +97,18 @@ def eva9_train(
         from torch.backends import cudnn
         from eva_session9.config import seed_everything
         from eva_session9.engine import fit, test
-        from eva_session9.models.resnet import make_model
         from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import checkpoints
         recipe, sets, out = _config(config, epochs), _sets(data, root, limit), Path(out)
         train_batches, test_batches = recipe_batches(recipe, *sets)
         cudnn.benchmark = True  # without effect on a CPU
         seed_everything(recipe.seed)
-        model = make_model(recipe.architecture, len(sets[0].classes))
+        model = _model(recipe.architecture, len(sets[0].classes), pretrained)
         if resume and not checkpoints(out / 'checkpoints'): warnings.warn(f'{out} holds no run yet, so a new one begins')
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
         if process: return  # only the first process writes
         evaluation = test(model, test_batches, history.precision)
-        history.command = _launcher(history.hardware) + _command('eva9_train', data, config, epochs=epochs, limit=limit)
+        history.command = _launcher(history.hardware) + _command('eva9_train', data, config, epochs=epochs, pretrained=pretrained, limit=limit)
         tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
         history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')
@@ -128,10 +128,18 @@ def _launcher(hardware):
     found = re.match(r'(\d+) x ', hardware)
     return f'torchrun --standalone --nproc-per-node {found[1]} --no-python ' if found else ''
 
+def _model(architecture, k, is_pretrained):
+    "An untrained network for `k` classes, or the library's own with a new last layer."
+    from eva_session9.models.resnet import make_model
+    from eva_session9.save_load import pretrained
+    if not is_pretrained: return make_model(architecture, k)
+    if architecture != 'resnet18': raise ValueError(f"--pretrained: found architecture {architecture!r}, expected 'resnet18', that of the library's own model")
+    return pretrained(k)
+
 def _command(name, data, config, **given):
-    "The command line that repeats a run."
+    "The command line that repeats a run; a flag that is True has no value."
     given = {'data': data, 'config': config, **given}
-    flags = [(f'--{flag}', str(value)) for flag, value in given.items() if value is not None]
+    flags = [[f'--{flag}'] if value is True else [f'--{flag}', str(value)] for flag, value in given.items() if value is not None and value is not False]
     return shlex.join([name, *(word for flag in flags for word in flag)])
 
 def _save_trained(model, images, history, tested, out):
@@ -292,6 +300,7 @@ def _explain_images(model, files, pictures, method, layers, out):
         name = 'heatmaps' if not start else f'heatmaps-{start // rows + 1}'
         _draw([(name, plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class'))], out)
         found += sheet
+        for entry in sheet: print(f"{_readable(entry['image'])}: " + _prediction(entry, '{predicted} {probability:.0%}').replace('\n', ' '))
     _write_numbers(found, out, -(-len(files) // rows))
 
 def _prediction(entry, form):

@@ -16,6 +16,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +40,10 @@ class ImageSet:
         _check_set(self)
 
     def __len__(self): return len(self.images)
+
+    def __repr__(self):
+        height, width = self.images.shape[1:3]
+        return f'ImageSet of {len(self):,} images of {height} x {width} pixels, {len(self.classes)} class{"es" * (len(self.classes) != 1)}'
 
     def subset(self, indices # anything that indexes a NumPy array
               ) -> 'ImageSet':
@@ -169,9 +174,10 @@ def image_folder(path: str | Path, # folder with `train` and `test`, each with o
     """Images from one folder per class, cropped to centred squares. Without `train` and `test`, a fifth of each class becomes the test set.
 
     Files that are not images, empty classes, links to nothing and classes in only one of `train` and `test` raise `ValueError`,
-    which names them; other folders beside `train` and `test` give a warning. Files and folders whose names begin with a dot are skipped."""
-    if size < 1: raise ValueError(f'size: found {size}, expected 1 or more pixels a side')
-    train, test = _parts(Path(path), seed)
+    which names them; other folders beside `train` and `test` give a warning. Files and folders whose names begin with a dot are skipped, and so are
+    Thumbs.db and desktop.ini of Windows."""
+    if not isinstance(size, Integral) or size < 1: raise ValueError(f'size: found {size!r}, expected a whole number of pixels a side, 1 or more')
+    train, test = _parts(Path(path).expanduser(), seed)
     lone = sorted(train.keys() ^ test.keys())
     if lone: raise ValueError(f'{path}: found {lone} in only one of train and test, expected the same classes in both; '
                               'add these folders there or remove them')
@@ -209,7 +215,9 @@ def _is_class(path):
     if path.is_dir() and any(unicodedata.category(c) in ('Cc', 'Cs') for c in path.name): raise ValueError(f'{str(path)!r}: found a class folder whose name cannot be shown; rename it')
     return path.is_dir()
 
-def _visible(folder): return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+def _visible(folder):
+    "What is in the folder, sorted, but for hidden files and those that Windows leaves there."
+    return sorted(p for p in folder.iterdir() if p.name[0] != '.' and p.name not in ('Thumbs.db', 'desktop.ini'))
 
 def _split(files, seed):
     "Four fifths and one fifth of each class, at least one image in either; drawn by name, so that when a file is added, at most one other of its class changes sides."
@@ -228,8 +236,8 @@ def _read_all(files, size):
     with ThreadPoolExecutor() as pool: read = list(pool.map(lambda file: _square_or_error(file, size), files))
     bad = [r for r in read if isinstance(r, str)]
     if bad:
-        more = [f'and {len(bad) - 10} more'] if len(bad) > 10 else []
-        raise ValueError('\n'.join([f'{len(bad)} of {len(files)} files cannot be used:', *bad[:10], *more]))
+        more = [f'and {len(bad) - 100} more'] if len(bad) > 100 else []
+        raise ValueError('\n- '.join([f'{len(bad)} of {len(files)} files cannot be used:', *bad[:100], *more]))
     return np.stack(read)
 
 def _square_or_error(file, size):

@@ -222,6 +222,8 @@ class Evaluation:
         if len(self.labels) != len(self.logits): raise ValueError(f'labels: found {len(self.labels)} for the logits of {len(self.logits)} images, expected one each')
         if len(self.labels): _check_labels(self.labels, self.logits.shape[1])
 
+    def __repr__(self): return f'Evaluation of {len(self.labels):,} images: accuracy {self.accuracy:.2%}, loss {self.loss:.3f}'
+
     @property
     def loss(self) -> float:
         "Mean cross-entropy over all images, nats."
@@ -417,7 +419,7 @@ def _update(optimizer, precision, *rates):
 def fit(model: nn.Module,                     # trained in place, and moved to the device
         train_batches: Iterable,              # of (x, y), re-iterable; `set_epoch` is called if they have it
         test_batches: Iterable | None = None, # of (x, y); tested after each epoch
-        config: Config = Config.session9(),   # the recipe
+        config: Config = Config.session9(),   # the recipe; its `architecture` is recorded, not compared with the model
         device: str = 'auto',                 # as `pick_device` takes it
         out: str | Path | None = None,        # folder for checkpoints, of the start and of each epoch; the newest two are kept
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
@@ -606,7 +608,7 @@ def _machine(device):
 # %% ../nbs/06_engine.ipynb #41038d4e
 def _check_arguments(model, train_batches, test_batches, config, out, resume):
     "Raise for arguments that cannot be trained with."
-    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast()')
+    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); with an optimizer of your own, write the loop with `train` and `test`')
     _check_trainable(model)
     _check_batches(train_batches, config)
     _check_recipe(train_batches, config)

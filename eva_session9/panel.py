@@ -14,6 +14,7 @@ __all__ = ['ORDERS', 'THUMB', 'CELL', 'COLUMNS', 'ROWS', 'MANY', 'View', 'change
            'HeatmapPanel', 'view_png', 'Snapshot']
 
 # %% ../nbs/10_panel.ipynb #356c42a5
+import atexit
 import json
 import re
 import time
@@ -31,6 +32,7 @@ from pathlib import Path
 from string import Template
 from textwrap import fill
 from threading import Event, Lock, RLock, Thread, get_ident
+from weakref import WeakSet
 from zipfile import BadZipFile
 
 import ipywidgets as widgets
@@ -53,7 +55,7 @@ from .visual import _FONT, _shortened, overlay
 # %% ../nbs/10_panel.ipynb #a65355d7
 @dataclass(frozen=True)
 class View:
-    "Everything a user can choose in the panel, and its whole state."
+    "Everything a user can choose in the panel, and its whole state. The name of a class in place of its index raises `ValueError`."
     show: str = 'wrong'                             # 'wrong', 'right' or 'all'
     true: int | str = 'any'                         # only images of this true class (index)
     predicted: int | str = 'any'                    # only images predicted as this class (index)
@@ -68,6 +70,12 @@ class View:
     alpha: float = 0.5                              # opacity of the heatmaps, 0 to 1
     cmap: str = 'inferno'                           # a matplotlib colour map
     cells: bool = False                             # draw the cells of the map without interpolation
+
+    def __post_init__(self):
+        for name, words in (('true', ['any']), ('predicted', ['any']), ('explain', ['predicted', 'true'])):
+            found = getattr(self, name)
+            if isinstance(found, str) and found not in words:
+                raise ValueError(f"View.{name}: found {found!r}, expected {' or '.join(map(repr, words))}, or the index of a class, such as classes.index({found!r})")
 
 # %% ../nbs/10_panel.ipynb #0d30f486
 _LIST = {'show', 'true', 'predicted', 'confidence', 'order'}  # the fields that make the list
@@ -499,6 +507,7 @@ class Explorer:
                  evaluation: Evaluation | None = None,    # of the model on these images
                  mean: Sequence[float] | None = None,     # of each channel, in [0, 1] units; None: that of `model.card`
                  std: Sequence[float] | None = None):     # of each channel, in [0, 1] units; None: that of `model.card`
+        if not isinstance(images, ImageSet): raise ValueError(f'images: found {type(images).__name__}, expected an ImageSet')
         self.mean, self.std = _statistics(model, mean, std)
         self.model, self.images, self.lock = _copied(model), images, Lock()
         self.transform = test_transforms(self.mean, self.std)
@@ -736,6 +745,7 @@ class Work(Thread):
         self.job, self.request, self.unwanted = job, request, Event()
 
     def run(self):
+        _running.add(self)
         with suppress(Stopped): self.job(self)
 
     def stop(self):
@@ -745,6 +755,14 @@ class Work(Thread):
     def check(self):
         "Raise `Stopped` if the job was asked to stop."
         if self.unwanted.is_set(): raise Stopped()
+
+_running = WeakSet()
+
+@atexit.register
+def _stop_all():
+    "Stop all jobs before Python ends: a thread that is still inside PyTorch then would abort the process."
+    for work in list(_running): work.stop()
+    for work in list(_running): work.join()
 
 # %% ../nbs/10_panel.ipynb #390a2f9d
 _CSS = Template('''<style>
@@ -873,11 +891,14 @@ def _opening_view(self: HeatmapPanel):
 def _classify(self: HeatmapPanel, work):
     "Classify the set, cache the logits, and show the list from its start."
     e = self.explorer
-    def report(done): self.progress.value = done
+    def report(done):
+        work.check()
+        self.progress.value = done
     logits = None
     try:
         logits = classify(e.model, e.images, e.mean, e.std, report, e.lock)
         store_logits(self.file, logits)
+    except Stopped: raise
     except CheckpointError as error: self.notice = f'The classification could not be kept: {error}. '
     except Exception as error:  # whatever the model raises
         self.notice = f'The images could not be classified: {error}. '
@@ -1183,7 +1204,8 @@ class Snapshot(str):
 
 @patch
 def snapshot(self: HeatmapPanel) -> Snapshot:
-    "The current image, heatmaps and probabilities as self-contained HTML: no kernel, scripts or other files."
+    "The current image, heatmaps and probabilities as self-contained HTML: no kernel, scripts or other files. Waits for background work."
+    self.wait()
     page = self.explorer.page(self.view)
     head = ''.join(f'<p style="margin:0 0 8px">{escape(text)}</p>' for text in (page.message, page.title) if text)
     pictures = ''.join(

@@ -366,9 +366,8 @@ def twin(transform: A.BasicTransform,              # of Albumentations, or `Alte
     name, kind = type(transform).__name__, _TWINS.get(type(transform))
     if kind is None:
         raise ValueError(f"{name} has no batched twin; {', '.join(t.__name__ for t in _TWINS)} have. Use `loader` for others")
-    for option, value in kind.needs.items():
-        if (found := getattr(transform, option)) != value:
-            raise ValueError(f'{name} has a batched twin only for {option}={value!r}, found {found!r}; use `loader` for others')
+    wrong = [f'{option}={value!r} (found {found!r})' for option, value in kind.needs.items() if (found := getattr(transform, option)) != value]
+    if wrong: raise ValueError(f"{name} has a batched twin only for {', '.join(wrong)}; use `loader` for others")
     return kind(transform, device)
 
 # %% ../nbs/02_preprocessing.ipynb #a07fff3a
@@ -460,8 +459,12 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
                    train_set: ImageSet, # whose mean and standard deviation normalise both
                    test_set: ImageSet   # tested in its own order
                   ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
-    "Training (augmented) and test batches of a recipe. Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`; test images of another size than the last that is trained on give a warning."
+    """Training (augmented) and test batches of a recipe.
+
+    Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`. Test images of another size than the last
+    that is trained on give a warning, and so do fewer than 100 training steps in all."""
     _check_sets(config, train_set, test_set)
+    _warn_of_few_steps(config, len(train_set))
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)
     if config.batched:  # a last batch that is smaller would have to be compiled anew
@@ -471,6 +474,12 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
     workers = 0 if on_cpu else min(8, os.cpu_count())  # a CPU's cores are busy training
     return (loader(train_set, augment, config.batch_size, config.seed, workers, pin_memory=not on_cpu, persistent_workers=workers > 0),
             loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
+
+def _warn_of_few_steps(config, n):
+    "Warn if `n` images make too few steps for anything to be learned from random weights."
+    steps = config.epochs * max(1, n // config.batch_size)
+    if steps < 100: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, {config.epochs} epoch{"s" * (config.epochs != 1)}), '
+                                  'expected 100 or more; lower batch_size, or raise epochs')
 
 def _check_sets(config, train_set, test_set):
     "Raise for sets of different classes, or for images that are not square if the recipe has a crop or sizes."

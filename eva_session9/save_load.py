@@ -98,7 +98,8 @@ def _check_card(card, model):
     shapes, found = ({key: getattr(value, 'shape', None) for key, value in m.state_dict().items()} for m in (expected, model))
     if found != shapes: raise ValueError(f'card: found {name!r} with {k} class{"es" * (k != 1)}, '
                                          'but the weights of the model have other names or '
-                                         'shapes; correct the card, or if the model is a wrapper (such as of torch.compile), pass the network in it')
+                                         'shapes; correct the card, or if the model is a wrapper (such as of torch.compile), pass the network in it; '
+                                         'a network of another library is kept with torch.save(model.state_dict(), path)')
 
 # %% ../nbs/05_save_load.ipynb #40dcc0fe
 def load_model(path: str | Path # of the weights; the card is beside them

@@ -283,6 +283,9 @@ def plot_heatmaps(images: np.ndarray,                # the images explained, uin
 # %% ../nbs/09_visual.ipynb #d09e5897
 def _check_rows(images, maps, labels):
     "Raise unless a row can be drawn for each image."
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+        raise TypeError(f'plot_heatmaps: found images {getattr(images, "dtype", type(images).__name__)} {tuple(getattr(images, "shape", ()))}, '
+                        'expected uint8 (N, H, W, 3), such as those of the set, or `denormalize(x, mean, std)` for inputs of the model')
     n, layers = len(images), maps.shape[1]
     expected = (n, maps.shape[-3], *images.shape[1:3])
     if maps.shape != expected:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from eva_session9.cli import _command, _config, _launcher, _panel, _panel_source, _sets, eva9_explain, eva9_find_lr, eva9_summary, eva9_train
 from eva_session9.lr_finder import LRCurve
 from eva_session9.models.resnet import resnet18
-from eva_session9.save_load import save_model
+from eva_session9.save_load import load_model, pretrained, save_model
 
 COMMANDS = 'eva9_train', 'eva9_find_lr', 'eva9_explain', 'eva9_summary', 'eva9_panel'
 
@@ -68,11 +69,17 @@ def test_fewer_epochs_than_sizes_use_the_last_sizes():
 def test_the_command_starts_as_many_processes_as_the_record_has(hardware, launcher): assert _launcher(hardware) == launcher
 
 
-def test_a_run_to_be_resumed_that_is_not_there_is_said(tmp_path, capsys):
-    (tmp_path / 'mine.json').write_text('{"batch_size": 8, "epochs": 1, "precision": "fp32", "sizes": [16]}')
-    for said in (1, 0):
-        eva9_train(config=str(tmp_path / 'mine.json'), limit=8, out=str(tmp_path / 'run'), resume=True)
-        assert capsys.readouterr().err.count('run holds no run yet, so a new one begins') == said
+def test_training_can_begin_with_the_librarys_own_model(tmp_path, capsys):
+    (tmp_path / 'mine.json').write_text('{"batch_size": 8, "epochs": 1, "precision": "fp32", "lr": 1e-12}')
+    eva9_train(config=str(tmp_path / 'mine.json'), limit=16, pretrained=True, resume=True, out=str(tmp_path / 'run'))
+    said = capsys.readouterr().err
+    assert 'run holds no run yet, so a new one begins' in said and '2 training steps in all (16 images in batches of 8' in said
+    trained = load_model(tmp_path / 'run' / 'model.safetensors')
+    torch.testing.assert_close(trained.layer4[1].conv2.weight, pretrained().layer4[1].conv2.weight)
+    assert trained.card['command'].endswith('--pretrained --limit 16')
+    (tmp_path / 'mine.json').write_text('{"architecture": "resnet34"}')
+    with pytest.raises(SystemExit): eva9_train(config=str(tmp_path / 'mine.json'), limit=16, pretrained=True, out=str(tmp_path / 'other'))
+    assert "--pretrained: found architecture 'resnet34', expected 'resnet18'" in capsys.readouterr().err
 
 
 def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):
