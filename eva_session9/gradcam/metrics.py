@@ -270,12 +270,12 @@ def randomized(model: nn.Module,
                seed: int = 0           # of the new weights; the global random state is unchanged
                ) -> Iterator[tuple[str, nn.Module]]:
     "Yield each stage's name and a copy of the network with this stage and all before it in `stages` re-initialised (Adebayo et al. 2018)."
-    changed = copy.deepcopy(unwrap(model)).eval()
+    changed, redrawn = copy.deepcopy(unwrap(model)).eval(), nn.ModuleList()
     for i, (name, stage) in enumerate(find_layers(changed, stages).items()):
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed + i)
             for module in stage.modules(): _redraw(module)
-        _estimate_statistics(changed, stage, images)
+        _estimate_statistics(changed, redrawn.append(stage), images)
         yield name, copy.deepcopy(changed)
 
 def _redraw(module):
@@ -291,9 +291,9 @@ def _redraw(module):
     raise ValueError(f'{type(module).__name__} has weights, but no method reset_parameters to draw new ones; define it, or leave out this stage')
 
 @torch.no_grad
-def _estimate_statistics(model, stage, images):
-    "One pass that gives the batch norms of a stage the statistics of the images."
-    norms = [module for module in stage.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+def _estimate_statistics(model, redrawn, images):
+    "One pass that gives the batch norms of the redrawn stages the statistics of the images."
+    norms = [module for module in redrawn.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms: norm.momentum = 1.0
     for norm in norms: norm.train()
