@@ -214,8 +214,8 @@ def ablated_logits(model: nn.Module,
     before, n = _finished_before(model, layer, seen.images), len(node)
     again = tail_logits(model, before, seen.images, node.repeat(2, 1, 1, 1)) - seen.logits.repeat(2, 1)
     if (again.abs() > 0.01 * seen.logits.abs().max()).any():
-        raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode, mixes the images, or changes its input there; '
-                         'use another method')
+        raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode, '
+                         'mixes the images, or changes its input there; use another method')
     logits = _at_least_float32(seen.logits)[:, None].repeat(1, node.shape[1], 1)
     live = (node != 0).any(0).flatten(1).any(1).nonzero()[:, 0]
     for channels in live.split(max(1, batch_size // n)):

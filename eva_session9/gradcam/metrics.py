@@ -77,7 +77,8 @@ def replacing(model: nn.Module,
 def _fitting(maps, images):
     "The maps on the device of the images, if they fit them."
     if maps.shape != (len(images), *images.shape[-2:]):
-        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(images.shape)}, expected one value a pixel, {(len(images), *images.shape[-2:])}: {_CHOOSE}')
+        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(images.shape)}, '
+                         f'expected one value a pixel, {(len(images), *images.shape[-2:])}: {_CHOOSE}')
     if not maps.is_floating_point(): raise ValueError(f'maps: found {maps.dtype}, expected floats')
     return maps.to(images.device)
 
