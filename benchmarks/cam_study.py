@@ -5,7 +5,7 @@
   each grid. Class: two objects in one image, the energy on the explained one minus that on the other.
 - cifar10: stratified test images and the library's current weights. Without masks, localisation is not measured.
   Faithfulness: deletion, insertion, ROAD, average drop together with the map's area. Sanity: rank correlation with the map of another
-  class, with the map of another image, and with the map after re-initialising the weights, stage by stage.
+  class, with the map of another image, and with the map after re-initialising the classifier, then layer4 too.
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
 for sanity on 20, without re-initialised weights. Each row is kept in --work and not measured again with the same settings, precision
@@ -36,7 +36,7 @@ from eva_session9.preprocessing import loader, test_transforms
 from eva_session9.save_load import pretrained, write_atomically
 
 LAYERS = ['layer2', 'layer3', 'layer4']
-STAGES = ['fc', 'layer4', 'layer3', 'layer2', 'layer1', 'conv1']
+STAGES = ['fc', 'layer4']  # whose weights are drawn anew, one after the other
 SLOW = {'ScoreCAM', 'AblationCAM'}  # a pass for each channel: made in the faster precision, and not repeated for new weights
 SOME, STEPS, FRACTIONS, SIGMA, BATCH = 100, 6, (0.3, 0.7), 5.0, 100
 
@@ -225,7 +225,7 @@ def study_cifar10(root, n, work):
     hidden = in_batches(lambda a, b: {'c': confidence(fast, blurred(a, SIGMA), b)}, x, target)['c']
     facts = {'accuracy': (target.numpy() == images.labels).mean().item(), 'confidence when blurred': hidden.mean().item(),
              'sigma': SIGMA, 'precision': 'bf16' if fast.low else 'fp32'}
-    rows, sanity = (Rows(work, f"{what}-{model.card['sha256'][:8]}-{n}", fast.low) for what in ('cifar10', 'sanity'))
+    rows, sanity = (Rows(work, f"{what}-{model.card['sha256'][:8]}-{n}", fast.low) for what in ('cifar10', f'sanity-to-{STAGES[-1]}'))
 
     def faithful(maps):  # rounded: methods that agree but for the last digits are then measured once
         return in_batches(lambda *batch: faithfulness(fast, *batch), x[:len(maps)], maps.round(decimals=4), target[:len(maps)])

@@ -123,6 +123,7 @@ def denormalize(x: Tensor,               # model inputs, float (..., 3, H, W)
                ) -> np.ndarray:
     "Undo the normalisation: uint8 RGB images (..., H, W, 3) of these model inputs, rounded and clipped to 0..255."
     if x.ndim < 3 or x.shape[-3] != 3: raise ValueError(f'denormalize: found {tuple(x.shape)}, expected (..., 3, H, W)')
+    if not x.isfinite().all(): raise ValueError('denormalize: found values that are not finite, expected numbers; check the images before and after normalising')
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     pixels = (x.detach().float().cpu() * std + mean) * 255
     return pixels.round().clamp(0, 255).byte().movedim(-3, -1).numpy()
@@ -245,7 +246,7 @@ def overlay(image: np.ndarray,             # uint8 (..., H, W, 3), RGB
             cmap: str = 'inferno'          # a matplotlib colour map
            ) -> np.ndarray:
     "The coloured heatmap over the image, uint8 (..., H, W, 3): `(1 - alpha) * image + alpha * colour` in every pixel."
-    heat = heatmap.detach().cpu().numpy() if isinstance(heatmap, Tensor) else np.asarray(heatmap)
+    heat = heatmap.detach().cpu().float().numpy() if isinstance(heatmap, Tensor) else np.asarray(heatmap)
     if image.dtype != np.uint8 or image.shape != (*heat.shape, 3):
         raise ValueError(f'overlay: found image {image.dtype} {image.shape} and heatmap {heat.shape}, '
                          'expected uint8 (..., H, W, 3) and (..., H, W)')

@@ -165,7 +165,9 @@ def _is_all(target): return isinstance(target, str) and target == 'all'
 def _class_index(name, classes):
     "The index of a class name."
     if classes is None: raise ValueError(f'class {name!r}: the model has no card with class names, so pass classes=[...]')
-    if name in classes: return list(classes).index(name)
+    same = [k for k, other in enumerate(classes) if other == name]
+    if len(same) > 1: raise ValueError(f'classes {", ".join(map(str, same))} are all named {name!r}; give the index of the one that is meant')
+    if same: return same[0]
     close = get_close_matches(name, classes, n=3) or classes[:10]
     raise ValueError(f"the model has no class {name!r}; choose one of its classes, such as {', '.join(close)}")
 
@@ -187,7 +189,7 @@ def _checked_index(index, n, k):
     index = index.long()
     outside = index[(index < 0) | (index >= k)].tolist()
     if outside: raise ValueError(f'target: found class {outside[0]}, expected 0 to {k - 1}')
-    return index
+    return index.clone()  # autograd cannot keep a tensor of inference mode
 
 def _scores(target, index, logits):
     "The scores to explain, (N, T): one column, or one for each class."
@@ -324,10 +326,12 @@ def _run(model, layers, images, graph):
     "Logits; layer -> output; and the weight, bias, input and output of the linear layer that ran last."
     kept, runs, linear = {}, Counter(), {}
     def keep_linear(module, inputs, output):
-        linear['last'] = (module.weight, module.bias, inputs[0].detach(), output.detach().clone()) if inputs else None
+        linear['last'] = (module.weight, module.bias, inputs[0].detach(), output.detach().clone()) if inputs and isinstance(output, Tensor) else None
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
-    with _hooked(hooks): logits = model(images.clone())  # which the model may change in place
+    with _hooked(hooks): logits = _forward(model, images)
+    if len(images) > 1 and any(_mixes(module) for module in model.modules()):
+        warnings.warn('a batch norm without running statistics mixes the images, and so do the maps; explain one image at a time', stacklevel=4)
     for name in layers:
         if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain; choose a layer that runs')
         for doubt in _doubts(runs[name], kept[name].shape[2:], images.shape[2:]): warnings.warn(f'layer {name!r} {doubt}', stacklevel=4)
@@ -342,13 +346,29 @@ def _doubts(runs, grid, size):
                'Choose a layer that gives (N, C, h, w)')
 
 def _misshapen(grid, size):
-    "Is the grid longer or wider than the image's proportions by half, and by more than a cell?"
+    "Is the grid longer or wider than the image's proportions by a quarter, and by more than a cell?"
     sides = grid[0] * size[1], grid[1] * size[0]
-    return max(sides) > 1.5 * min(sides) + max(size)
+    return max(sides) > 1.25 * min(sides) + max(size)
+
+def _mixes(module):
+    "Does it depend on the whole batch even in eval mode?"
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+
+def _forward(model, images):
+    "What the model gives, or an error that names two common reasons why it gives nothing."
+    try: return model(images.clone())  # which it may change in place
+    except RuntimeError as error:
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+        if 'Inference tensors' in str(error):
+            reason = 'the model has weights made under inference_mode, which autograd refuses; pass copy.deepcopy(model), made outside of it'
+        elif own != images.dtype and not torch.is_autocast_enabled(images.device.type):
+            reason = f'images: found {images.dtype} for a model in {own}; pass images.to({own})'
+        else: raise
+        raise ValueError(reason) from error
 
 def _checked_images(images):
     "Images that a network can be run on outside inference mode."
-    expected = 'expected a float tensor (N, 3, H, W) of at least one image, normalised as in training'
+    expected = 'expected a float tensor (N, C, H, W) of at least one image, normalised as in training'
     if not isinstance(images, Tensor): raise TypeError(f'images: found {type(images).__name__}, {expected}')
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ValueError(f'images: found {images.dtype} {tuple(images.shape)}, {expected}')
@@ -371,6 +391,8 @@ class CAM:
                  classes: Sequence[str] | None = None):                # class names; None: those of `model.card`
         self.model = unwrap(model)
         self.layers = find_layers(self.model, layers)
+        if any(isinstance(module, torch.jit.ScriptModule) for module in (self.model, *self.layers.values())):
+            raise TypeError('model: found a ScriptModule, where hooks do not run; pass the nn.Module that it was made from')
         card = getattr(self.model, 'card', None)
         self.classes = card.get('classes') if classes is None and isinstance(card, dict) else classes
 

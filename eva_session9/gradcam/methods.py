@@ -129,6 +129,7 @@ class ScoreCAM(GradientFreeCAM):
                  classes: Sequence[str] | None = None,
                  batch_size: int = 128): # masked images per forward pass
         super().__init__(model, layers, classes)
+        if batch_size < 1: raise ValueError(f'batch_size: found {batch_size}, expected 1 or more')
         self.batch_size = batch_size
 
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
@@ -147,7 +148,7 @@ def _finished_before(model, layer, images):
         opened.append((len(done), [(x, x._version) for x in (*inputs, *options.values()) if isinstance(x, Tensor)]))
     def leave(module, inputs, output):
         start, versions = opened.pop()
-        if module is not layer and not _repeatable(output, versions): return
+        if module is not layer and not _repeatable(output, versions, len(images)): return
         done[start:] = [(module, output.clone())]
         if module is layer: before[:] = done
     modules = [module for module in model.modules() if not hasattr(module, '_orig_mod')]
@@ -158,9 +159,9 @@ def _finished_before(model, layer, images):
         model(images.clone())  # which the model may change in place
     return before
 
-def _repeatable(output, versions):
-    "Can the output stand for the run? Not if it is no tensor, shares memory with an input, or an input was changed in place."
-    if not isinstance(output, Tensor): return False
+def _repeatable(output, versions, n):
+    "Can the output stand for the run? Not if it is no batch of n, shares memory with an input, or an input was changed in place."
+    if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != n: return False
     memory = output.untyped_storage().data_ptr()
     return all(x._version == version and x.untyped_storage().data_ptr() != memory for x, version in versions)
 
@@ -204,16 +205,17 @@ def ablated_logits(model: nn.Module,
                    layer: nn.Module,
                    seen: ForwardPass,  # a forward pass of `model`
                    name: str,          # the layer's name
-                   batch_size: int     # images per forward pass, at least N
+                   batch_size: int     # images per forward pass, at least 2 N
                    ) -> Tensor:
     "Logits of every image with each channel of the layer set to zero, (N, C, K), at least float32."
     node, weight = seen.nodes[name], linear_weight(seen, name)
     if weight is not None:
         return _at_least_float32(seen.logits)[:, None] - seen.activations[name].mean((2, 3))[..., None] * weight.T
     before, n = _finished_before(model, layer, seen.images), len(node)
-    if ((tail_logits(model, before, seen.images, node) - seen.logits).abs() > 0.01 * seen.logits.abs().max()).any():
-        raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode, or changes its input there; '
-                         'use another method')
+    again = tail_logits(model, before, seen.images, node.repeat(2, 1, 1, 1)) - seen.logits.repeat(2, 1)
+    if (again.abs() > 0.01 * seen.logits.abs().max()).any():
+        raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode, '
+                         'mixes the images, or changes its input there; use another method')
     logits = _at_least_float32(seen.logits)[:, None].repeat(1, node.shape[1], 1)
     live = (node != 0).any(0).flatten(1).any(1).nonzero()[:, 0]
     for channels in live.split(max(1, batch_size // n)):
@@ -230,8 +232,9 @@ class AblationCAM(GradientFreeCAM):
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 batch_size: int = 128): # images per forward pass of the later layers, at least N
+                 batch_size: int = 128): # images per forward pass of the later layers, at least 2 N
         super().__init__(model, layers, classes)
+        if batch_size < 1: raise ValueError(f'batch_size: found {batch_size}, expected 1 or more')
         self.batch_size = batch_size
 
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:

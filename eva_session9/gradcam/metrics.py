@@ -17,21 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cam import CAM, evaluating, find_layers, target_classes, unwrap
+from .cam import CAM, _checked_logits, evaluating, find_layers, target_classes, unwrap
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #e91a11f3
 def ranks(maps: Tensor,     # (N, H, W)
           seed: int = 0     # for breaking ties
           ) -> Tensor:
     "The rank of each pixel in its map, int64 (N, H, W), 0 for the largest. A map with non-finite values raises `ValueError`."
-    if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): choose a layer, such as maps[:, 0], '
-                                        'or take `Heatmaps.fuse()`')
+    if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): {_CHOOSE}')
     if not maps.isfinite().all(): raise ValueError(_NOT_FINITE)
     flat = maps.flatten(1)
     shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(maps.device)
     order = shuffled[flat[:, shuffled].argsort(dim=1, descending=True, stable=True)]
     return order.argsort(1).view_as(maps)
 
+_CHOOSE = 'choose a layer, such as maps[:, 0], or take `Heatmaps.fuse()`'
 _NOT_FINITE = 'maps: found values that are not finite; leave out the maps whose `Heatmaps.status` is NON_FINITE'
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #591b6fd3
@@ -47,15 +47,16 @@ def centre_gaussian(images: Tensor,         # (N, 3, H, W)
 @torch.no_grad
 def confidence(model: nn.Module,
                images: Tensor,   # (N, 3, H, W), normalised
-               target: Tensor    # class indices, int64 (N,), such as `heatmaps.target`
+               target: Tensor | int # a class for each image, (N,), such as `heatmaps.target`, or one for all
                ) -> Tensor:
     "The softmax probability of each image's target class, float32 (N,)."
-    if not isinstance(target, Tensor) or target.shape != images.shape[:1]:
-        found = tuple(target.shape) if isinstance(target, Tensor) else target
-        raise ValueError(f'target: found {found} for {len(images)} images, expected a tensor ({len(images)},)')
+    if target is None or isinstance(target, str) or callable(target):
+        raise TypeError(f'target: found {target!r}, expected a class for each image, such as `heatmaps.target`, or one class')
     if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module  # which would wait for the other processes
     device = next(model.parameters(), images).device
-    with evaluating(model): logits = model(images.to(device))
+    with evaluating(model): logits = _checked_logits(model(images.to(device)))
+    if logits.shape[1] < 2:
+        raise ValueError('confidence: the model gives one logit z, whose softmax is always 1; wrap it so that it gives two, such as (0, z)')
     return logits.float().softmax(1).gather(1, target_classes(target, logits)[:, None])[:, 0]
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #a9432a86
@@ -63,7 +64,7 @@ def replacing(model: nn.Module,
               start: Tensor,    # images before any replacement, (N, 3, H, W)
               end: Tensor,      # images whose pixels replace those of `start`, (N, 3, H, W)
               maps: Tensor,     # (N, H, W): pixels with the largest values are replaced first
-              target: Tensor,   # a class for each image, (N,)
+              target: Tensor,   # a class for each image, (N,), or one for all
               steps: int = 32,  # number of steps, of equally many pixels each
               seed: int = 0     # for breaking ties
               ) -> Tensor:
@@ -76,7 +77,8 @@ def replacing(model: nn.Module,
 def _fitting(maps, images):
     "The maps on the device of the images, if they fit them."
     if maps.shape != (len(images), *images.shape[-2:]):
-        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(images.shape)}, expected one value a pixel, {(len(images), *images.shape[-2:])}')
+        raise ValueError(f'maps: found {tuple(maps.shape)} for images {tuple(images.shape)}, '
+                         f'expected one value a pixel, {(len(images), *images.shape[-2:])}: {_CHOOSE}')
     if not maps.is_floating_point(): raise ValueError(f'maps: found {maps.dtype}, expected floats')
     return maps.to(images.device)
 
@@ -84,7 +86,7 @@ def _fitting(maps, images):
 def deletion(model: nn.Module,
              images: Tensor,   # (N, 3, H, W), normalised, so that 0 is the mean colour
              maps: Tensor,     # (N, H, W)
-             target: Tensor,   # a class for each image, (N,)
+             target: Tensor,   # a class for each image, (N,), or one for all
              steps: int = 32,  # number of steps, of equally many pixels each
              seed: int = 0     # for breaking ties
              ) -> Tensor:
@@ -94,7 +96,7 @@ def deletion(model: nn.Module,
 def insertion(model: nn.Module,
               images: Tensor,      # (N, 3, H, W), normalised
               maps: Tensor,        # (N, H, W)
-              target: Tensor,      # a class for each image, (N,)
+              target: Tensor,      # a class for each image, (N,), or one for all
               steps: int = 32,     # number of steps, of equally many pixels each
               sigma: float = 5.0,  # of the Gaussian blur, pixels; large enough to hide the class from the model
               seed: int = 0        # for breaking ties
@@ -105,6 +107,7 @@ def insertion(model: nn.Module,
 def area_under(curve: Tensor # (N, S), at S evenly spaced points
               ) -> Tensor:
     "Area under each curve by the trapezoidal rule, x from 0 to 1, (N,)."
+    if curve.ndim != 2 or curve.shape[1] < 2: raise ValueError(f'curve: found {tuple(curve.shape)}, expected (N, S) with at least 2 points')
     return (curve[:, 1:] + curve[:, :-1]).mean(1) / 2
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #ea79421c
@@ -175,19 +178,19 @@ FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 def road(model: nn.Module,
          images: Tensor,                           # (N, 3, H, W), normalised
          maps: Tensor,                             # (N, H, W): pixels with the largest values are removed
-         target: Tensor,                           # a class for each image, (N,)
+         target: Tensor,                           # a class for each image, (N,), or one for all
          fractions: Sequence[float] = FRACTIONS,   # F fractions of pixels to remove, 0 <= f < 1
          seed: int = 0                             # of the noise and for breaking ties
          ) -> Tensor:
     "ROAD: confidence with each fraction of pixels removed and imputed, (N, F) (Rong et al. 2022). To remove the smallest first, negate the maps."
-    if not all(0 <= f < 1 for f in fractions): raise ValueError(f'fractions: found {fractions}, expected shares of pixels from 0 to below 1')
+    if not len(fractions) or not all(0 <= f < 1 for f in fractions): raise ValueError(f'fractions: found {fractions}, expected shares of pixels from 0 to below 1')
     place, pixels = ranks(_fitting(maps, images), seed), maps[0].numel()
     return torch.stack([confidence(model, fill_in(images, place < round(f * pixels), seed=seed), target) for f in fractions], 1)
 
 def road_score(model: nn.Module,
                images: Tensor,                          # (N, 3, H, W), normalised
                maps: Tensor,                            # (N, H, W)
-               target: Tensor,                          # a class for each image, (N,)
+               target: Tensor,                          # a class for each image, (N,), or one for all
                fractions: Sequence[float] = FRACTIONS,  # fractions of pixels to remove
                seed: int = 0                            # of the noise and for breaking ties
                ) -> Tensor:
@@ -200,7 +203,7 @@ def road_score(model: nn.Module,
 def confidence_drop(model: nn.Module,
                     images: Tensor,   # (N, 3, H, W), normalised
                     maps: Tensor,     # (N, H, W), 0 to 1
-                    target: Tensor    # a class for each image, (N,)
+                    target: Tensor    # a class for each image, (N,), or one for all
                     ) -> tuple[Tensor, Tensor]:
     """Fraction of confidence lost when the image is multiplied by its map, (N,), and whether the confidence increased, bool (N,).
 
@@ -227,9 +230,11 @@ def energy_in(maps: Tensor,   # (N, H, W), not negative
               masks: Tensor   # bool (N, H, W)
               ) -> Tensor:
     "The fraction of each map's sum inside its mask, (N,); for an all-zero map, as for a uniform one, the mask's fraction of the image."
+    if not maps.isfinite().all(): raise ValueError(_NOT_FINITE)
     if not maps.min() >= 0: raise ValueError(f'maps: found {maps.min():.3g}, expected no negative value: take `Heatmaps.maps`')
-    empty = maps.flatten(1).amax(1) == 0
-    maps = torch.where(empty[:, None, None], 1, maps).to(torch.promote_types(maps.dtype, torch.float32))  # a sum can exceed half precision
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    peaks = maps.amax((1, 2), keepdim=True)
+    maps = torch.where(peaks > 0, maps / peaks, 1)  # a sum of large values can be infinite
     return (maps * _same_size(masks, maps)).sum((1, 2)) / maps.sum((1, 2))
 
 def matched_iou(maps: Tensor,   # (N, H, W)
@@ -254,7 +259,7 @@ def spearman(a: Tensor, # maps, (N, h, w)
              ) -> Tensor:
     "Spearman's rank correlation of each pair of maps, (N,); tied cells get their mean rank, a uniform map gives 0."
     if not (a.isfinite().all() and b.isfinite().all()): raise ValueError(_NOT_FINITE)
-    first, second = (F.normalize(_mean_ranks(maps.flatten(1).float()), dim=1) for maps in (a, b))
+    first, second = (F.normalize(_mean_ranks(maps.flatten(1)), dim=1) for maps in (a, b))
     return (first * second).sum(1)
 
 def _mean_ranks(flat):
@@ -264,18 +269,19 @@ def _mean_ranks(flat):
     return total.float() - flat.shape[1]
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #af8d214d
+@torch.inference_mode(False)  # where copied weights would be useless to autograd
 def randomized(model: nn.Module,
                stages: Sequence[str],  # module names, in order from output to input
                images: Tensor,         # (N, 3, H, W), to estimate batch-norm statistics on
                seed: int = 0           # of the new weights; the global random state is unchanged
                ) -> Iterator[tuple[str, nn.Module]]:
     "Yield each stage's name and a copy of the network with this stage and all before it in `stages` re-initialised (Adebayo et al. 2018)."
-    changed = copy.deepcopy(unwrap(model)).eval()
+    changed, redrawn = copy.deepcopy(unwrap(model)).eval(), nn.ModuleList()
     for i, (name, stage) in enumerate(find_layers(changed, stages).items()):
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed + i)
             for module in stage.modules(): _redraw(module)
-        _estimate_statistics(changed, stage, images)
+        _estimate_statistics(changed, redrawn.append(stage), images)
         yield name, copy.deepcopy(changed)
 
 def _redraw(module):
@@ -291,9 +297,9 @@ def _redraw(module):
     raise ValueError(f'{type(module).__name__} has weights, but no method reset_parameters to draw new ones; define it, or leave out this stage')
 
 @torch.no_grad
-def _estimate_statistics(model, stage, images):
-    "One pass that gives the batch norms of a stage the statistics of the images."
-    norms = [module for module in stage.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+def _estimate_statistics(model, redrawn, images):
+    "One pass that gives the batch norms of the redrawn stages the statistics of the images."
+    norms = [module for module in redrawn.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms: norm.momentum = 1.0
     for norm in norms: norm.train()
@@ -303,7 +309,7 @@ def _estimate_statistics(model, stage, images):
 # %% ../../nbs/08c_gradcam.metrics.ipynb #320d3613
 def cascade(cam: CAM,               # a CAM method, such as `GradCAM(model, 'layer4')`
             images: Tensor,         # (N, 3, H, W), normalised
-            target: Tensor,         # a class for each image, (N,)
+            target: Tensor,         # a class for each image, (N,), or one for all
             stages: Sequence[str],  # module names, in order from output to input
             calibration: Tensor,    # images (M, 3, H, W), to estimate batch-norm statistics on
             seed: int = 0           # of the new weights
@@ -339,8 +345,9 @@ def bootstrap(values: Tensor,       # one for each image, (N,)
               seed: int = 0         # for resampling
               ) -> tuple[float, float, float]:
     "The mean, and the lower and upper bound of its bootstrap percentile interval."
-    if values.ndim != 1 or not len(values) or not 0 < level < 1:
-        raise ValueError(f'bootstrap: found values {tuple(values.shape)} and level {level}, expected (N,) with N at least 1, and a level between 0 and 1')
+    if values.ndim != 1 or not len(values) or not 0 < level < 1 or draws < 1:
+        raise ValueError(f'bootstrap: found values {tuple(values.shape)}, level {level} and {draws} draws, '
+                         'expected (N,) with N at least 1, a level between 0 and 1, and draws')
     values = values.cpu().double()
     index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     ends = values[index].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
