@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
 from .engine import Evaluation, _device, forward
 from .gradcam import METHODS, Heatmaps, Status
-from .gradcam.cam import CAM, ForwardPass, _eager, _hooked, _misshapen, evaluating, gradients, unwrap
+from .gradcam.cam import CAM, ForwardPass, _eager, _hooked, _misshapen, _mixes, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
 from .save_load import CheckpointError, load_model, pretrained, write_atomically
 from .visual import _FONT, _shortened, overlay
@@ -646,7 +646,8 @@ def target(self: Explorer,
 def _make(self: Explorer, picked, method, layers, target):
     "Heatmaps from the gradients recorded for the last image and `target` where the method allows it."
     x = self.input(picked.pixels)
-    if _mixes_images(self.model) or not uses_gradients(method): return explain(self.model, x, method, layers, target)
+    mixed = any(map(_mixes, self.model.modules()))  # so that one copy's score would depend on the others
+    if mixed or not uses_gradients(method): return explain(self.model, x, method, layers, target)
     try:
         if self.evidence[0] != (picked.key, target) or not self.evidence[1].keys() >= set(layers):
             classes = range(len(self.classes)) if target == 'all' else [target]
@@ -656,10 +657,6 @@ def _make(self: Explorer, picked, method, layers, target):
         return map_evidence(self.model, method, chosen, logits, picked.pixels.shape[:2])
     except Stopped: raise
     except Exception: return explain(self.model, x, method, layers, target)  # without copies; it says why, layer by layer
-
-def _mixes_images(model):
-    "Whether a batch normalisation takes its statistics from the batch, so that one copy's score depends on the others."
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None for module in model.modules())
 
 @patch
 def missing(self: Explorer,

@@ -462,7 +462,7 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
     """Training (augmented) and test batches of a recipe.
 
     Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`. Test images of another size than the last
-    that is trained on give a warning, and so do fewer than 100 training steps in all."""
+    that is trained on give a warning, and so do fewer than 50 training steps in all."""
     _check_sets(config, train_set, test_set)
     _warn_of_few_steps(config, len(train_set))
     mean, std = train_set.stats()
@@ -476,10 +476,10 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
             loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
 
 def _warn_of_few_steps(config, n):
-    "Warn if `n` images make too few steps for anything to be learned from random weights."
+    "Warn if `n` images make so few steps that hardly anything is learned from random weights."
     steps = config.epochs * max(1, n // config.batch_size)
-    if steps < 100: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, {config.epochs} epoch{"s" * (config.epochs != 1)}), '
-                                  'expected 100 or more; lower batch_size, or raise epochs')
+    if steps < 50: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, {config.epochs} epoch{"s" * (config.epochs != 1)}), '
+                                  'expected 50 or more; lower batch_size, or raise epochs')
 
 def _check_sets(config, train_set, test_set):
     "Raise for sets of different classes, or for images that are not square if the recipe has a crop or sizes."
