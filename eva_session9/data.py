@@ -43,7 +43,7 @@ class ImageSet:
 
     def __repr__(self):
         height, width = self.images.shape[1:3]
-        return f'ImageSet of {len(self):,} images of {height} x {width} pixels, {len(self.classes)} class{"es" * (len(self.classes) != 1)}'
+        return f'ImageSet of {len(self):,} image{"s" * (len(self) != 1)} of {height} x {width} pixels, {len(self.classes)} class{"es" * (len(self.classes) != 1)}'
 
     def subset(self, indices # anything that indexes a NumPy array
               ) -> 'ImageSet':

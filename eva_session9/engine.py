@@ -424,14 +424,13 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
         out: str | Path | None = None,        # folder for checkpoints, of the start and of each epoch; the newest two are kept
         resume: bool = False                  # go on from the newest checkpoint in `out`, if there is one
        ) -> History:
-    """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode, but for batch
-    normalisation whose parameters are frozen, which is kept in eval mode.
+    """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
 
-    The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
+    Batch normalisation whose parameters are frozen is kept in eval mode. The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
     and for batches that depend only on `set_epoch` and PyTorch's global generators. Raises `FloatingPointError` for a loss or weights that are
     not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
     is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more of them than
-    their length, frozen models, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
+    their length, frozen models, labels out of range, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
     that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call it alike."""
     _check_arguments(model, train_batches, test_batches, config, out, resume)
     device = pick_device(device)

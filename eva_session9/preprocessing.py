@@ -479,7 +479,7 @@ def _warn_of_few_steps(config, n):
     "Warn if `n` images make so few steps that hardly anything is learned from random weights."
     steps = config.epochs * max(1, n // config.batch_size)
     if steps < 50: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, {config.epochs} epoch{"s" * (config.epochs != 1)}), '
-                                  'expected 50 or more; lower batch_size, or raise epochs')
+                                  'fewer than 50 hardly train a network from random weights; lower batch_size, or raise epochs')
 
 def _check_sets(config, train_set, test_set):
     "Raise for sets of different classes, or for images that are not square if the recipe has a crop or sizes."

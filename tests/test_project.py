@@ -173,7 +173,7 @@ def unsafe(tree):
     for node in ast.walk(tree):
         names = [alias.name for alias in getattr(node, 'names', []) if isinstance(alias, ast.alias)]
         module = getattr(node, 'module', None)
-        if 'pickle' in names or module == 'pickle' and names != ['UnpicklingError']: yield node.lineno, 'pickle'
+        if 'pickle' in names or module == 'pickle' and not {*names} <= {'PicklingError', 'UnpicklingError'}: yield node.lineno, 'pickle'
         if isinstance(node, ast.ExceptHandler):
             swallows = isinstance(node.body[0], ast.Pass) and getattr(node.type, 'id', '') == 'Exception'
             if node.type is None or swallows: yield node.lineno, 'bare or silent except'

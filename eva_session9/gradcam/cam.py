@@ -104,7 +104,8 @@ class Heatmaps:
 
     def __repr__(self):
         grids = ', '.join(f'{name} {h}x{w}' for name, (h, w) in self.grid.items())
-        return f'Heatmaps of {len(self.logits)} images at {self.size[0]}x{self.size[1]}: {grids}'
+        n = len(self.logits)
+        return f'Heatmaps of {n} image{"s" * (n != 1)} at {self.size[0]}x{self.size[1]}: {grids}'
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #911f6523
 def unwrap(model: nn.Module # a network, possibly compiled or wrapped for several devices
