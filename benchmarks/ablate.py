@@ -35,7 +35,7 @@ from eva_session9.config import Config, hardware, pick_device, seed_everything, 
 from eva_session9.engine import faster_precision, fit, test
 from eva_session9.models.resnet import make_model
 from eva_session9.preprocessing import recipe_batches
-from eva_session9.save_load import write_atomically
+from eva_session9.save_load import recipe_model, write_atomically
 from reproduce import changed, command, held_out, kept
 
 WHOLE, COURSE = 'the whole recipe', "the course's recipe"
@@ -105,7 +105,7 @@ def one_run(args, name, config):
     train_set, test_set = sets(args)
     train_batches, test_batches = recipe_batches(config, train_set, test_set)
     seed_everything(config.seed)
-    model, start = make_model(config.architecture, len(train_set.classes)), time.perf_counter()
+    model, start = recipe_model(config, len(train_set.classes)), time.perf_counter()
     try: history = fit(model, train_batches, None, config)
     except FloatingPointError: accuracy = None
     else: accuracy = test(model, test_batches, config.precision).accuracy

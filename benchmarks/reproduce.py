@@ -34,9 +34,8 @@ from scipy.stats import t
 from eva_session9.cli import _config, _save_trained, _sets
 from eva_session9.config import config_from, seed_everything, versions
 from eva_session9.engine import fit, forward, test
-from eva_session9.models.resnet import make_model
 from eva_session9.preprocessing import recipe_batches
-from eva_session9.save_load import write_atomically
+from eva_session9.save_load import recipe_model, write_atomically
 
 
 def changed(config, settings):
@@ -87,7 +86,7 @@ def one_run(config, train_set, test_set, keep, command):
     start = time.perf_counter()
     train_batches, test_batches = recipe_batches(config, train_set, test_set)
     seed_everything(config.seed)
-    model = make_model(config.architecture, len(train_set.classes))
+    model = recipe_model(config, len(train_set.classes))
     out = keep and Path(keep) / f'seed-{config.seed}'
     history = fit(model, train_batches, None, config, out=out, resume=out is not None)
     seconds = max(time.perf_counter() - start, history.seconds)  # a run that was resumed took at least its epochs

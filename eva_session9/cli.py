@@ -42,8 +42,8 @@ def _user_errors():
     return ValueError, TypeError, OSError, FloatingPointError, MemoryError, OutOfMemoryError, CheckpointError
 
 # %% ../nbs/11_cli.ipynb #0271cb0b
-def _config(name, epochs=None):
-    "The recipe called `name`, or the one in the JSON file `name`."
+def _config(name, epochs=None, pretrained=False):
+    "The recipe called `name`, or the one in the JSON file `name`; with the changes that flags ask for."
     from dataclasses import replace
     from eva_session9.config import Config, config_from
     named = {'session9': Config.session9, 'fast': Config.fast, 'laptop': Config.laptop}
@@ -53,6 +53,7 @@ def _config(name, epochs=None):
         try: config = config_from(json.loads(Path(name).read_text()))
         except FileNotFoundError as error: raise ValueError(f'--config {name}: no such file') from error
         except (OSError, ValueError, TypeError, RecursionError) as error: raise ValueError(f'--config {name}: {error}') from error
+    if pretrained: config = replace(config, pretrained=True)
     if epochs is None: return config
     if 0 < epochs < len(config.sizes): warnings.warn(f'--epochs {epochs}: of the {len(config.sizes)} sizes of images, only the last {epochs} {"are" if epochs > 1 else "is"} used')
     return replace(config, epochs=epochs, sizes=config.sizes[-epochs:])
@@ -98,12 +99,12 @@ def eva9_train(
         from eva_session9.config import seed_everything
         from eva_session9.engine import fit, test
         from eva_session9.preprocessing import recipe_batches
-        from eva_session9.save_load import checkpoints
-        recipe, sets, out = _config(config, epochs), _sets(data, root, limit), Path(out)
+        from eva_session9.save_load import checkpoints, recipe_model
+        recipe, sets, out = _config(config, epochs, pretrained), _sets(data, root, limit), Path(out)
         train_batches, test_batches = recipe_batches(recipe, *sets)
         cudnn.benchmark = True  # without effect on a CPU
         seed_everything(recipe.seed)
-        model = _model(recipe.architecture, len(sets[0].classes), pretrained)
+        model = recipe_model(recipe, len(sets[0].classes))
         if resume and not checkpoints(out / 'checkpoints'): warnings.warn(f'{out} holds no run yet, so a new one begins')
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
         if process: return  # only the first process writes
@@ -127,14 +128,6 @@ def _launcher(hardware):
     "The beginning of a command line that starts as many processes as the record's hardware, 'N x ...', stands for; '' for one."
     found = re.match(r'(\d+) x ', hardware)
     return f'torchrun --standalone --nproc-per-node {found[1]} --no-python ' if found else ''
-
-def _model(architecture, k, is_pretrained):
-    "An untrained network for `k` classes, or the library's own with a new last layer."
-    from eva_session9.models.resnet import make_model
-    from eva_session9.save_load import pretrained
-    if not is_pretrained: return make_model(architecture, k)
-    if architecture != 'resnet18': raise ValueError(f"--pretrained: found architecture {architecture!r}, expected 'resnet18', that of the library's own model")
-    return pretrained(k)
 
 def _command(name, data, config, **given):
     "The command line that repeats a run; a flag that is True has no value."
@@ -191,14 +184,13 @@ def eva9_find_lr(
         from eva_session9.config import seed_everything
         from eva_session9.engine import _check_writable
         from eva_session9.lr_finder import find_lr
-        from eva_session9.models.resnet import make_model
         from eva_session9.preprocessing import recipe_batches
-        from eva_session9.save_load import write_atomically
+        from eva_session9.save_load import recipe_model, write_atomically
         from eva_session9.visual import plot_lr
         recipe, sets, out = _config(config), _sets(data, root, limit), Path(out)
         _check_writable(out)
         seed_everything(recipe.seed)
-        model = make_model(recipe.architecture, len(sets[0].classes))
+        model = recipe_model(recipe, len(sets[0].classes))
         curve = find_lr(model, recipe_batches(recipe, *sets)[0], recipe, start=start, end=end, steps=steps)
         if Path(config).absolute() != (out / 'recipe.json').absolute(): (out / 'recipe.json').unlink(missing_ok=True)  # of another sweep
         record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, start=start, end=end, steps=steps, limit=limit)}
@@ -300,8 +292,13 @@ def _explain_images(model, files, pictures, method, layers, out):
         name = 'heatmaps' if not start else f'heatmaps-{start // rows + 1}'
         _draw([(name, plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class'))], out)
         found += sheet
-        for entry in sheet: print(f"{_readable(entry['image'])}: " + _prediction(entry, '{predicted} {probability:.0%}').replace('\n', ' '))
     _write_numbers(found, out, -(-len(files) // rows))
+    for entry in found: _print(f"{entry['image']}: " + _prediction(entry, '{predicted} {probability:.0%}').replace('\n', ' '))
+
+def _print(text):
+    "Print text, with question marks for what the terminal cannot show."
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'replace').decode(encoding))
 
 def _prediction(entry, form):
     "The entry's prediction, formatted by `form`."
@@ -365,8 +362,7 @@ def eva9_summary(
         model = load_model(weights) if weights else make_model(_config(config).architecture, 10)
         table, out = summary(model, (3, size, size)), Path(out)
         write_atomically(out / 'summary.txt', str(table).encode())
-        encoding = sys.stdout.encoding or 'utf-8'  # not every terminal can show the lines of a tree
-        print(str(table).encode(encoding, 'replace').decode(encoding))
+        _print(str(table))  # not every terminal can show the lines of a tree
         print(out / 'summary.txt')
 
 # %% ../nbs/11_cli.ipynb #428a3cd8

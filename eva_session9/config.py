@@ -47,6 +47,7 @@ class Config:
     sizes: tuple = ()               # progressive resizing: sides of the training images in pixels, in order, for equal parts of the run; (): none
     batched: bool = False           # augment whole batches on the device
     compile: bool = False           # on a GPU, use torch.compile and CUDA graphs
+    pretrained: bool = False        # begin with the library's own weights, of a ResNet-18, in place of random ones
 
     def __post_init__(self):
         for field in fields(self):
@@ -111,6 +112,8 @@ def _check_together(config):
                          'for each size; raise epochs or give fewer sizes')
     if config.nesterov and not config.momentum:
         raise ValueError('Config.nesterov: found momentum 0, expected more than 0; raise momentum or set nesterov=False')
+    if config.pretrained and config.architecture != 'resnet18':
+        raise ValueError(f"Config.pretrained: found architecture {config.architecture!r}, expected 'resnet18', that of the library's own model")
 
 # %% ../nbs/00_config.ipynb #54b88bd3
 def config_from(values: dict # field name -> value, as `dataclasses.asdict` gives them

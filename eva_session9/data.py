@@ -10,6 +10,7 @@ __all__ = ['MAX_BYTES', 'MAX_PIXELS', 'ImageSet', 'cifar10', 'read_image', 'fit_
 # %% ../nbs/01_data.ipynb #965c6417
 import hashlib
 import io
+import os
 import struct
 import unicodedata
 import warnings
@@ -177,7 +178,7 @@ def image_folder(path: str | Path, # folder with `train` and `test`, each with o
     which names them; other folders beside `train` and `test` give a warning. Files and folders whose names begin with a dot are skipped, and so are
     Thumbs.db and desktop.ini of Windows."""
     if not isinstance(size, Integral) or size < 1: raise ValueError(f'size: found {size!r}, expected a whole number of pixels a side, 1 or more')
-    train, test = _parts(Path(path).expanduser(), seed)
+    train, test = _parts(Path(os.path.expanduser(path)), seed)
     lone = sorted(train.keys() ^ test.keys())
     if lone: raise ValueError(f'{path}: found {lone} in only one of train and test, expected the same classes in both; '
                               'add these folders there or remove them')

@@ -18,6 +18,7 @@ import os
 import re
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -123,9 +124,9 @@ def train(model: nn.Module,                 # on its device; put into train mode
     """Train for one pass over `batches`. Inside `distributed`, all processes must call it.
 
     Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, `TypeError` for one of another form, and
-    `ValueError` for a label out of range. Warns of a second pass over the same shuffled epoch."""
+    `ValueError` for a label out of range. Warns of a second pass of a model over the same shuffled epoch."""
     device = _device(model)
-    _warn_of_repetition(batches)
+    _warn_of_repetition(model, batches)
     _train_mode(model)
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for i, batch in enumerate(progress := _one_pass(batches, label)):
@@ -138,6 +139,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
         correct += (logits.argmax(1) == y).sum()
         if i % 50 == 0: progress.set_postfix(loss=f'{loss.item() / n:.3f}', accuracy=f'{correct.item() / n:.2%}')
     if not n: raise ValueError(_NO_BATCHES.format('train'))
+    if _ours(batches) and hasattr(batches, 'sampler'): batches.sampler.trained = weakref.ref(model)
     loss, correct, n = _summed(device, loss.item(), correct.item(), n)
     return Scores(loss / n, correct / n)
 
@@ -189,13 +191,13 @@ def _train_mode(model):
         own = list(module.parameters(recurse=False)) if isinstance(module, nn.modules.batchnorm._NormBase) else []
         if own and not any(p.requires_grad for p in own): module.eval()
 
-def _warn_of_repetition(batches):
-    "Warn if `train` has read the same epoch of these batches before: the same order, the same augmentation."
+def _warn_of_repetition(model, batches):
+    "Warn if the model is the last one that was trained on these batches, and on the same epoch: the same order, the same augmentation."
     sampler = getattr(batches, 'sampler', None)
-    if not _ours(batches) or not getattr(sampler, 'shuffle', False): return
-    if sampler.trained: warnings.warn(f'epoch {sampler.epoch} of these batches is trained on again, with the same order and augmentation; '
-                                      'call batches.set_epoch(epoch) before each pass')
-    sampler.trained = True
+    trained = getattr(sampler, 'trained', None)
+    if trained and trained() is model and sampler.shuffle:
+        warnings.warn(f'epoch {sampler.epoch} of these batches is trained on again, with the same order and augmentation; '
+                      'call batches.set_epoch(epoch) before each pass')
 
 def _device(model):
     "The device of the model; the CPU if it has no parameters."

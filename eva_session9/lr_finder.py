@@ -65,11 +65,11 @@ class LRCurve:
         if not _even(self.lrs): raise ValueError('LRCurve: found other learning rates, expected ascending ones, evenly spaced on a log scale')
 
 def _even(lrs):
-    "Whether the rates are ascending, and evenly spaced on a log scale, but for rounding."
+    "Whether the rates are ascending, and about evenly spaced on a log scale."
     if len(lrs) < 2: return True
     if min(lrs) <= 0: return False
     steps = np.diff(np.log(lrs))
-    return steps.min() > 0 and steps.max() <= 1.01 * steps.min()
+    return steps.min() > 0 and steps.max() <= 1.25 * steps.min()
 
 # %% ../nbs/07_lr_finder.ipynb #6afcf2bd
 _FEWEST = 10   # points that can show a fall
@@ -267,7 +267,7 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     Frozen models, batches that can be read only once or are of another recipe, labels out of range, and sets with more classes than the model has outputs raise `ValueError`, batches too large
     for a GPU `MemoryError`, a config or batches of the wrong type `TypeError`. Each of the curve's `caveats` is issued as a warning."""
     _check(batches, config, start, end, steps)
-    _check_recipe(batches, config)
+    if optimizer is None: _check_recipe(batches, config)
     _check_trainable(model)
     device = pick_device(device)
     with _undisturbed(batches), closing(_cycle(batches)) as stream:

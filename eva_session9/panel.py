@@ -741,8 +741,12 @@ class Work(Thread):
         super().__init__(daemon=True)
         self.job, self.request, self.unwanted = job, request, Event()
 
-    def run(self):
+    def start(self):
+        "Begin the job."
         _running.add(self)
+        super().start()
+
+    def run(self):
         with suppress(Stopped): self.job(self)
 
     def stop(self):
@@ -759,7 +763,7 @@ _running = WeakSet()
 def _stop_all():
     "Stop all jobs before Python ends: a thread that is still inside PyTorch then would abort the process."
     for work in list(_running): work.stop()
-    for work in list(_running): work.join()
+    for work in list(_running): work.join(10)  # seconds, for one that waits for something else
 
 # %% ../nbs/10_panel.ipynb #390a2f9d
 _CSS = Template('''<style>

@@ -124,7 +124,7 @@ class KeyedSampler(Sampler):
                  seed: int,      # of the order
                  shuffle: bool): # False: in the order of the set
         self.n, self.seed, self.shuffle, self.epoch = n, seed, shuffle, 0
-        self.trained = False  # whether `engine.train` has read this epoch
+        self.trained = None  # a weak reference to the model that `engine.train` trained on this epoch
 
     def __len__(self): return self.n
 
@@ -142,7 +142,7 @@ class Keyed:
     "Mixin of `KeyedLoader` and `Batches` with `set_epoch` and `indices`. Needs the attributes `sampler` and `batch_size`."
     def set_epoch(self, epoch: int): # 0, 1, 2, ...
         "Set the epoch of the next pass, which decides its order and augmentation."
-        self.sampler.epoch, self.sampler.trained = epoch, False
+        self.sampler.epoch, self.sampler.trained = epoch, None
 
     def indices(self, step: int # 0, 1, 2, ...
                ) -> list[int]:
@@ -464,20 +464,25 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
     Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`. Test images of another size than the last
     that is trained on give a warning, and so do fewer than 50 training steps in all."""
     _check_sets(config, train_set, test_set)
-    _warn_of_few_steps(config, len(train_set))
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)
     if config.batched:  # a last batch that is smaller would have to be compiled anew
-        return (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
-                Batches(test_set, plain, 500, shuffle=False))
+        batches = (Batches(train_set, augment, config.batch_size, config.seed, drop_last=len(train_set) >= config.batch_size),
+                   Batches(test_set, plain, 500, shuffle=False))
+    else: batches = _loaders(config, train_set, augment, test_set, plain)
+    _warn_of_few_steps(config, len(train_set), len(batches[0]))
+    return batches
+
+def _loaders(config, train_set, augment, test_set, plain):
+    "Batches that are augmented image by image."
     on_cpu = pick_device().type == 'cpu'
     workers = 0 if on_cpu else min(8, os.cpu_count())  # a CPU's cores are busy training
     return (loader(train_set, augment, config.batch_size, config.seed, workers, pin_memory=not on_cpu, persistent_workers=workers > 0),
             loader(test_set, plain, 250, num_workers=min(workers, 2), shuffle=False, pin_memory=not on_cpu))
 
-def _warn_of_few_steps(config, n):
-    "Warn if `n` images make so few steps that hardly anything is learned from random weights."
-    steps = config.epochs * max(1, n // config.batch_size)
+def _warn_of_few_steps(config, n, batches):
+    "Warn if an epoch of `n` images has so few batches that hardly anything is learned from random weights."
+    steps = config.epochs * batches
     if steps < 50: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, {config.epochs} epoch{"s" * (config.epochs != 1)}), '
                                   'fewer than 50 hardly train a network from random weights; lower batch_size, or raise epochs')
 

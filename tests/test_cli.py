@@ -1,5 +1,5 @@
 "What the commands say before they work, and when they cannot."
-import json, os, subprocess, sys
+import io, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eva_session9.cli import _command, _config, _launcher, _panel, _panel_source, _sets, eva9_explain, eva9_find_lr, eva9_summary, eva9_train
+from eva_session9.cli import _command, _config, _launcher, _panel, _panel_source, _print, _sets, eva9_explain, eva9_find_lr, eva9_summary, eva9_train
 from eva_session9.lr_finder import LRCurve
 from eva_session9.models.resnet import resnet18
 from eva_session9.save_load import load_model, pretrained, save_model
@@ -69,6 +69,13 @@ def test_fewer_epochs_than_sizes_use_the_last_sizes():
 def test_the_command_starts_as_many_processes_as_the_record_has(hardware, launcher): assert _launcher(hardware) == launcher
 
 
+def test_what_a_terminal_cannot_show_is_a_question_mark(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, 'ascii', write_through=True))
+    _print('bl\u00fcmchen \udce4')
+    assert written.getvalue() == b'bl?mchen ?\n'
+
+
 def test_training_can_begin_with_the_librarys_own_model(tmp_path, capsys):
     (tmp_path / 'mine.json').write_text('{"batch_size": 8, "epochs": 1, "precision": "fp32", "lr": 1e-12}')
     eva9_train(config=str(tmp_path / 'mine.json'), limit=16, pretrained=True, resume=True, out=str(tmp_path / 'run'))
@@ -79,7 +86,10 @@ def test_training_can_begin_with_the_librarys_own_model(tmp_path, capsys):
     assert trained.card['command'].endswith('--pretrained --limit 16')
     (tmp_path / 'mine.json').write_text('{"architecture": "resnet34"}')
     with pytest.raises(SystemExit): eva9_train(config=str(tmp_path / 'mine.json'), limit=16, pretrained=True, out=str(tmp_path / 'other'))
-    assert "--pretrained: found architecture 'resnet34', expected 'resnet18'" in capsys.readouterr().err
+    assert "Config.pretrained: found architecture 'resnet34', expected 'resnet18'" in capsys.readouterr().err
+    (tmp_path / 'mine.json').write_text('{"batch_size": 8, "epochs": 1, "precision": "fp32", "lr": 1e-12}')
+    with pytest.raises(SystemExit): eva9_train(config=str(tmp_path / 'mine.json'), limit=16, resume=True, out=str(tmp_path / 'run'))
+    assert 'pretrained was True, is False' in capsys.readouterr().err
 
 
 def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):

@@ -347,9 +347,9 @@ def _doubts(runs, grid, size):
                'Choose a layer that gives (N, C, h, w)')
 
 def _misshapen(grid, size):
-    "Is the grid longer or wider than the image's proportions by a quarter, and by more than a cell?"
+    "Is the grid longer or wider than the image's proportions by a quarter, and by more than two cells?"
     sides = grid[0] * size[1], grid[1] * size[0]
-    return max(sides) > 1.25 * min(sides) + max(size)
+    return max(sides) > 1.25 * min(sides) + 2 * max(size)
 
 def _mixes(module):
     "Does it depend on the whole batch even in eval mode?"
@@ -358,11 +358,12 @@ def _mixes(module):
 def _forward(model, images):
     "What the model gives, or an error that names two common reasons why it gives nothing."
     try: return model(images.clone())  # which it may change in place
+    except torch.OutOfMemoryError: raise
     except RuntimeError as error:
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
         if 'Inference tensors' in str(error):
             reason = 'the model has weights made under inference_mode, which autograd refuses; pass copy.deepcopy(model), made outside of it'
-        elif own != images.dtype and not torch.is_autocast_enabled(images.device.type):
+        elif 'type' in str(error) and own != images.dtype and not torch.is_autocast_enabled(images.device.type):
             reason = f'images: found {images.dtype} for a model in {own}; pass images.to({own})'
         else: raise
         raise ValueError(reason) from error

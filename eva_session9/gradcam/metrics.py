@@ -259,7 +259,7 @@ def spearman(a: Tensor, # maps, (N, h, w)
              ) -> Tensor:
     "Spearman's rank correlation of each pair of maps, (N,); tied cells get their mean rank, a uniform map gives 0."
     if not (a.isfinite().all() and b.isfinite().all()): raise ValueError(_NOT_FINITE)
-    first, second = (F.normalize(_mean_ranks(maps.flatten(1)), dim=1) for maps in (a, b))
+    first, second = (F.normalize(_mean_ranks(maps.flatten(1).to(torch.promote_types(maps.dtype, torch.float32))), dim=1) for maps in (a, b))
     return (first * second).sum(1)
 
 def _mean_ranks(flat):
