@@ -529,7 +529,8 @@ class Explorer:
     def note(self) -> str:
         "Note shown on every page, on classes that the model does not have; '' if none."
         strange = [name for name in self.images.classes if name not in self.classes]
-        return f'The model has no class {", ".join(strange)}; such images count as misclassified. ' if strange else ''
+        more = f' and {len(strange) - 5} others' if len(strange) > 5 else ''
+        return f'The model has no class {", ".join(strange[:5])}{more}; such images count as misclassified. ' if strange else ''
 
 # %% ../nbs/10_panel.ipynb #76ab4faf
 def _statistics(model, mean, std):

@@ -674,7 +674,7 @@ def test_a_missing_class_shifts_no_other(model):
 def test_images_of_classes_that_the_model_does_not_know(model):
     model.card['classes'] = [f'kind {i}' for i in range(10)]
     panel = opened(model, IMAGES)
-    assert 'The model has no class bar, crescent' in said(panel)
+    assert 'The model has no class bar, crescent, cross, disc, hourglass and 5 others; such images' in said(panel)
     assert panel.count.value == '60 images' and len(on_screen(panel)) == 4
     panel.controls['explain'].value = 'true'
     assert 'the true class is not known' in said(panel)
