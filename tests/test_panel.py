@@ -831,7 +831,7 @@ def test_with_nothing_given_and_cifar10_there(cache):
     assert len(images) == 10_000 and model.card['classes'] == list(images.classes)
 
 
-# What a second reading found
+# Models and images out of the ordinary
 
 def test_images_of_classes_that_the_model_does_not_know_are_classified_too():
     model = convolutional()
