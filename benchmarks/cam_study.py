@@ -5,10 +5,12 @@
   each grid. Class: two objects in one image, the energy on the explained one minus that on the other.
 - cifar10: stratified test images and the library's current weights. Without masks, localisation is not measured.
   Faithfulness: deletion, insertion, ROAD, average drop together with the map's area. Sanity: rank correlation with the map of another
-  class, with the map of another image, and with the map after re-initialising the classifier, then layer4 too.
+  class, and with the map of another image.
+- cascade: the same images and weights. Rank correlation with the map after re-initialising the classifier, then layer4 too, and so on
+  to the first convolution.
 
 ScoreCAM and AblationCAM, which need a pass for each channel, are measured on the first 100 images of each set, on 50 pairs, and
-for sanity on 20, without re-initialised weights. Each row is kept in --work and not measured again with the same settings, precision
+for sanity on 20, not in the cascade. Each row is kept in --work and not measured again with the same settings, precision
 and version of PyTorch, so an interrupted run resumes. Means have 95% bootstrap intervals over images; "over centre" is the mean difference
 per image to a centred Gaussian. Times are measured last, best on an idle machine. Each part of the file names its machine and
 command; with --only, the other parts of the file stay unchanged.
@@ -18,6 +20,7 @@ import hashlib
 import json
 import statistics
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ from eva_session9.preprocessing import loader, test_transforms
 from eva_session9.save_load import pretrained, write_atomically
 
 LAYERS = ['layer2', 'layer3', 'layer4']
-STAGES = ['fc', 'layer4']  # whose weights are drawn anew, one after the other
+STAGES = ['fc', 'layer4', 'layer3', 'layer2', 'layer1', 'conv1']  # whose weights are drawn anew, one after the other
 SLOW = {'ScoreCAM', 'AblationCAM'}  # a pass for each channel: made in the faster precision, and not repeated for new weights
 SOME, STEPS, FRACTIONS, SIGMA, BATCH = 100, 6, (0.3, 0.7), 5.0, 100
 
@@ -99,7 +102,10 @@ def controls(images):
 def explainers(model):
     "Name, layer and method, for every method on every layer where it is defined."
     for name, method in METHODS.items():
-        for layer in LAYERS[-1:] if name == 'CAM' else LAYERS: yield name, layer, method(model, layer)
+        for layer in layers_of(name): yield name, layer, method(model, layer)
+
+
+def layers_of(name): return LAYERS[-1:] if name == 'CAM' else LAYERS
 
 
 def explained(cam, images, target, low=False):
@@ -225,7 +231,7 @@ def study_cifar10(root, n, work):
     hidden = in_batches(lambda a, b: {'c': confidence(fast, blurred(a, SIGMA), b)}, x, target)['c']
     facts = {'accuracy': (target.numpy() == images.labels).mean().item(), 'confidence when blurred': hidden.mean().item(),
              'sigma': SIGMA, 'precision': 'bf16' if fast.low else 'fp32'}
-    rows, sanity = (Rows(work, f"{what}-{model.card['sha256'][:8]}-{n}", fast.low) for what in ('cifar10', f'sanity-to-{STAGES[-1]}'))
+    rows, sanity = (Rows(work, f"{what}-{model.card['sha256'][:8]}-{n}", fast.low) for what in ('cifar10', 'sanity'))
 
     def faithful(maps):  # rounded: methods that agree but for the last digits are then measured once
         return in_batches(lambda *batch: faithfulness(fast, *batch), x[:len(maps)], maps.round(decimals=4), target[:len(maps)])
@@ -238,19 +244,35 @@ def study_cifar10(root, n, work):
 
     def sane(name, cam, layer):
         count = SOME // 5 if name in SLOW else n // 5
-        some, classes = x[:count], target[:count]
         def other_class_and_image(a, b):
             raw = cam(a, b).raw[layer]
             return {'another class': logit_similarity(cam, a)[layer], 'another image': spearman(raw, raw.roll(1, 0))}
-        row = in_batches(other_class_and_image, some, classes)
-        if name in SLOW: return row
-        changed = in_batches(lambda a, b: {'after': cascade(cam, a, b, STAGES, calibration)[layer].T}, some, classes)['after']
-        return row | {f'new {stage}': changed[:, i] for i, stage in enumerate(STAGES)}
+        return in_batches(other_class_and_image, x[:count], target[:count])
     for name, layer, cam in tqdm(list(explainers(model)), 'cifar10'):
         rows.measure(name, layer, lambda: work_on(name, cam))
         sanity.measure(name, layer, lambda: sane(name, cam, layer))
     return {'conditions': facts, 'faithfulness': rows.table(), 'sanity': sanity.table(), 'weights_sha256': model.card['sha256'],
             'seconds': round(rows.seconds + sanity.seconds)}
+
+
+def study_cascade(root, n, work):
+    "How much of each map remains when the network is drawn anew, stage by stage from the output."
+    model, (train_set, test_set) = pretrained(), cifar10(root)
+    mean, std = model.card['mean'], model.card['std']
+    x, calibration = (inputs(stratified(*subset), mean, std) for subset in ((test_set, n), (train_set, 250)))
+    target = in_batches(lambda a: {'target': forward(model, a, 'fp32').argmax(1)}, x)['target']
+    rows = Rows(work, f"cascade-{model.card['sha256'][:8]}-{n}", False)
+
+    def remaining(method, layers):
+        cam = method(model, layers)
+        raw, changed = cam(x, target).raw, cascade(cam, x, target, STAGES, calibration)
+        return {layer: {'another image': spearman(raw[layer], raw[layer].roll(1, 0))}
+                | {f'new {stage}': similar for stage, similar in zip(STAGES, changed[layer])} for layer in layers}
+    for name, method in tqdm([(name, method) for name, method in METHODS.items() if name not in SLOW], 'cascade'):
+        found = cache(partial(remaining, method, layers_of(name)))
+        for layer in layers_of(name): rows.measure(name, layer, lambda: found()[layer])
+    return {'conditions': {'calibration images': len(calibration)}, 'rows': rows.table(), 'weights_sha256': model.card['sha256'],
+            'seconds': round(rows.seconds)}
 
 
 def study_time(n=8, rounds=3):
@@ -279,10 +301,11 @@ def main():
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
     parser.add_argument('--work', type=Path, default=Path('eva9-cam-study'), help='folder for measured rows, to resume from (default eva9-cam-study)')
     parser.add_argument('--out', type=Path, default=Path('results/cam_study.json'), help='.json file for the result (default results/cam_study.json)')
-    parser.add_argument('--only', choices=('shapes', 'cifar10', 'time'), help='measure only this part')
+    parser.add_argument('--only', choices=('shapes', 'cifar10', 'cascade', 'time'), help='measure only this part')
     args = parser.parse_args()
     parts = {'shapes': (f'--shapes {args.shapes}', lambda: study_shapes(args.shapes, args.work)),
              'cifar10': (f'--images {args.images}', lambda: study_cifar10(args.root, args.images, args.work)),
+             'cascade': (f'--images {args.images}', lambda: study_cascade(args.root, args.images, args.work)),
              'time': ('', study_time)}
     for name, (size, measured) in parts.items():
         if args.only in (None, name):

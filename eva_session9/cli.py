@@ -180,7 +180,7 @@ def eva9_find_lr(
 ):
     "Run a learning-rate sweep; write the curve with its suggestions, and a recipe with the suggested rate."
     with _one_line_errors('eva9_find_lr'):
-        from dataclasses import asdict, replace
+        from dataclasses import asdict
         from eva_session9.config import seed_everything
         from eva_session9.engine import _check_writable
         from eva_session9.lr_finder import find_lr
@@ -196,8 +196,7 @@ def eva9_find_lr(
         record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, start=start, end=end, steps=steps, limit=limit)}
         write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
         _draw([('find_lr', plot_lr(curve))], out)
-        found = replace(recipe, lr=curve.lr, muon_lr=recipe.muon_lr * curve.lr / recipe.lr)  # swept together
-        write_atomically(out / 'recipe.json', json.dumps(asdict(found), indent=1).encode())
+        write_atomically(out / 'recipe.json', json.dumps(asdict(curve.recipe), indent=1).encode())
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
         if recipe.warmup: print('the recipe lowers the learning rate to zero, so rates up to three times the suggested one are worth trying')
         again = _command('eva9_train', data, (out / 'recipe.json').as_posix(), root=root, limit=limit)

@@ -106,7 +106,7 @@ def forward(model: nn.Module, # any classifier
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): logits = model(x)
     if isinstance(logits, Tensor) and logits.ndim == 2: return logits.float()
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f'the model gives {found}, expected logits (B, K)')
+    raise ValueError(f'the model gives {found}, expected logits (B, K); put it into a module whose forward returns them')
 
 # %% ../nbs/06_engine.ipynb #ecf84911
 class Scores(NamedTuple):
@@ -269,7 +269,7 @@ def test(model: nn.Module,        # on its device; its train flags are restored
          batches: Iterable,       # of (x, y), in the order of the set
          precision: str = 'fp32'  # 'fp32' or 'bf16'
         ) -> Evaluation:
-    "The model's logits for every image, in eval mode, without gradients. A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`; logits that are not finite give a warning."
+    "The model's logits for every image, in eval mode, without gradients. A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`; logits that are not finite, and probabilities in place of logits, give a warning."
     device, flags = _device(model), {m: m.training for m in model.modules()}
     logits, labels = [], []
     try:
@@ -286,8 +286,15 @@ def test(model: nn.Module,        # on its device; its train flags are restored
     logits, labels = torch.cat(logits), torch.cat(labels)
     broken = len(logits) - logits.isfinite().all(1).sum().item()
     if broken: warnings.warn(f'the logits of {broken:,} of {len(logits):,} images are not finite; check the images and the weights')
+    if _are_probabilities(logits): warnings.warn(_PROBABILITIES)
     return Evaluation(logits, labels)
 test.__test__ = False  # pytest would take the name for a test
+
+def _are_probabilities(logits):
+    "Whether these are the outputs of a softmax: not negative, with a sum of one for each image."
+    return logits.shape[1] > 1 and ((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()).item()
+
+_PROBABILITIES = 'the model gives probabilities (each row sums to 1), expected logits; leave out its softmax'
 
 # %% ../nbs/06_engine.ipynb #be9e907e
 def faster_precision(model: nn.Module, # on its device; not changed
@@ -298,7 +305,7 @@ def faster_precision(model: nn.Module, # on its device; not changed
     "Time training steps in float32 and in bfloat16 on copies of the model, and return the faster."
     fastest, limit, before = {}, math.inf, rng_state()
     for precision in ('fp32', 'bf16'):
-        trial = prepare(copy.deepcopy(model), precision).train()
+        trial = prepare(_copied(model), precision).train()
         optimizer, times = torch.optim.SGD(trial.parameters(), lr=0.0), []
         while len(times) < steps and sum(times) < limit:
             start = time.perf_counter()
@@ -307,6 +314,12 @@ def faster_precision(model: nn.Module, # on its device; not changed
         fastest[precision], limit = min(times), 2 * sum(times)
     set_rng_state(before)
     return min(fastest, key=fastest.get)
+
+def _copied(model, *others):
+    "A deep copy, and with it of others that refer to its weights. PyTorch copies no results with their graph: those that the model keeps lose theirs."
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    copies = copy.deepcopy((model, *others), {id(value): value.detach().clone() for value in kept})
+    return copies if others else copies[0]
 
 def prepare(model: nn.Module, # changed in place
             precision: str    # 'fp32' or 'bf16'
@@ -429,7 +442,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
 
     Batch normalisation whose parameters are frozen is kept in eval mode. The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
-    and for batches that depend only on `set_epoch` and PyTorch's global generators. Raises `FloatingPointError` for a loss or weights that are
+    and for batches that depend only on `set_epoch`, PyTorch's global generators, and those of a DataLoader and its sampler. Raises `FloatingPointError` for a loss or weights that are
     not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
     is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more of them than
     their length, frozen models, labels out of range, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
@@ -465,7 +478,7 @@ def _begin(model, batches, history, state, device, out):
     if _rank() and not state and config.precision == 'auto': next(iter(batches))  # which the first has drawn to measure
     network, one_step = _accelerated(prepare(model, history.precision), config, device)
     parts = _parts(model, config, len(batches))
-    if state: _restore(parts, state, out)
+    if state: _restore(parts, batches, state, out)
     _check_finite(model, 'before the first step; make or load the model anew')
     _train_mode(model)
     return network, parts, partial(_step, one_step, parts, config, len(batches))
@@ -659,7 +672,7 @@ def _check_classes(model, batches):
     if not isinstance(images, ImageSet) or not _ours(batches): return
     x, y = batches.dataset[0, 0]
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # only the shape matters here
+        warnings.filterwarnings('ignore', 'the logits of')  # `_check_finite` says it of the weights
         n, k = len(images.classes), test(model, [(x[None], torch.tensor([y]))]).logits.shape[1]
     if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
 
@@ -667,7 +680,7 @@ def _dry_run(model, batches, precision):
     "Test on the first batch, so that a wrong one is found before the first epoch, not after it. The global generators are restored, not one of the loader's own."
     before = rng_state()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # `_check_finite` says it of the weights
+        warnings.filterwarnings('ignore', 'the logits of')
         test(model, list(islice(batches, 1)), precision)
     set_rng_state(before)
 
@@ -761,18 +774,25 @@ def _same_machine(history, state, device):
         warnings.warn(f'{what}: begun with {was}, resumed with {now}; sums may be rounded differently, so the weights may not be '
                       'byte-identical to those of an uninterrupted run')
 
-def _restore(parts, state, out):
+def _restore(parts, batches, state, out):
     "Load the state of a checkpoint into all parts of a run; a network that does not fit raises, and is not changed."
     shapes = [{name: value.shape for name, value in values.items()} for values in (parts['model'].state_dict(), state['model'])]
     if shapes[0] != shapes[1]:
         raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with')
     for name, part in parts.items(): part.load_state_dict(state[name])
     set_rng_state(state['rng'])
+    for generator, at in zip(_generators(batches), state.get('generators', [])): generator.set_state(at)
 
 def _state(parts, batches, history):
     "All that the rest of the run depends on."
     return {**{name: part.state_dict() for name, part in parts.items()},
-            'rng': rng_state(), 'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
+            'rng': rng_state(), 'generators': [generator.get_state() for generator in _generators(batches)],
+            'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
+
+def _generators(batches):
+    "The generators of their own that a DataLoader and its sampler draw from."
+    found = (getattr(owner, 'generator', None) for owner in (batches, getattr(batches, 'sampler', None)))
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 def _data(batches):
     "What a checkpoint remembers of the data: batches an epoch, and where the batches know them, the hash of the set and the transforms."

@@ -8,14 +8,14 @@ Docs: https://eva-session9.github.io/eva_session9/lr_finder.html.md"""
 __all__ = ['local_lines', 'LRCurve', 'find_lr']
 
 # %% ../nbs/07_lr_finder.ipynb #43a4f917
-import copy
 import json
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from random import Random, SystemRandom
@@ -27,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _FROM_THE_START, _check_classes, _check_recipe, _check_trainable, _checked_pair, _resized, _resolve_precision, _too_large, _train_mode, prepare, train_step
+from .engine import _FROM_THE_START, _check_classes, _check_recipe, _check_trainable, _checked_pair, _copied, _resized, _resolve_precision, _too_large, _train_mode, prepare, train_step
 from .optim import make_optimizer, zero_gamma
 from .save_load import write_atomically
 
@@ -96,7 +96,7 @@ def _unreadable(curve):
     low = inner[smooth[inner].argmin()]
     fall = smooth[:low + 1].max() - smooth[low]
     if fall > _CLEAR * error: return ''
-    return f'the loss falls by {fall:.2g}, which noise alone could explain: raise `steps` or the batch size'
+    return f'the loss falls by {fall:.2g}, which noise alone could explain: raise `steps` or the batch size, unless the network has already learned these images'
 
 # %% ../nbs/07_lr_finder.ipynb #ee0b6550
 @patch(as_prop=True)
@@ -123,6 +123,12 @@ def lr(self: LRCurve) -> float:
     "The recommended learning rate: a third of the one at the minimum loss. Raises `ValueError` if none can be read from the curve."
     if not self.suggestions: raise ValueError(f'no learning rate can be read from this curve: {_unreadable(self)}')
     return self.suggestions['minimum/3']
+
+@patch(as_prop=True)
+def recipe(self: LRCurve) -> Config:
+    "The recipe of the sweep at the recommended rate, `lr`. Muon's rate, which the sweep raised along with it, is in the same proportion. Raises `ValueError` as `lr` does."
+    if self.config is None: raise ValueError('the curve has no recipe; make it by `find_lr`')
+    return replace(self.config, lr=self.lr, muon_lr=self.config.muon_lr * self.lr / self.config.lr)
 
 # %% ../nbs/07_lr_finder.ipynb #1f74260d
 @patch(as_prop=True)
@@ -170,14 +176,14 @@ def load(cls: LRCurve, path: str | Path # that `save` wrote
 def _copies(model, optimizer, config, device):
     "Copies of the model and its optimizer on the device, in train mode."
     if optimizer is None:
-        trial = copy.deepcopy(model).to(device)
+        trial = _copied(model).to(device)
         _train_mode(trial)
         if config.zero_gamma: zero_gamma(trial)
         return trial, make_optimizer(trial, config, 1)[0]
     theirs = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not theirs <= {id(p) for p in model.parameters()}:
         raise ValueError('the optimizer holds parameters that the model does not; build it from model.parameters()')
-    trial, trial_optimizer = copy.deepcopy((model, optimizer))
+    trial, trial_optimizer = _copied(model, optimizer)
     _train_mode(trial.to(device))
     trial_optimizer.load_state_dict(trial_optimizer.state_dict())  # moves the momentum to where the weights went
     return trial, trial_optimizer
@@ -231,7 +237,7 @@ def _diverged(losses):
     return means[-1] > max(means[0], 4 * means.min())
 
 # %% ../nbs/07_lr_finder.ipynb #94f01dc6
-def _sweep(curve, model, optimizer, batches, lrs, device):
+def _sweep(curve, model, optimizer, batches, lrs, device, step):
     "Train a step at each of `lrs`, by the curve's recipe, and add it to the curve; parameter groups keep their ratios to the first. Returns why it stopped."
     base = [float(group.get('initial_lr', group['lr'])) for group in optimizer.param_groups]
     if base[0] == 0: raise ValueError('the first parameter group has learning rate 0, so there is no ratio to it; put another group first')
@@ -239,7 +245,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
         x, y = _checked_pair(batch, device)
         x = _resized(x, curve.config.size(0))
-        try: loss, _ = train_step(model, x, y, optimizer, curve.precision, curve.config.label_smoothing)
+        try: loss = _finite(step(model, x, y, optimizer, curve.precision)[0].item())
         except FloatingPointError as error:
             if not x.isfinite().all():
                 raise FloatingPointError(f'step {len(curve.lrs)}: found images that are not finite; check them, the learning rate is not the cause') from error
@@ -247,9 +253,14 @@ def _sweep(curve, model, optimizer, batches, lrs, device):
             raise FloatingPointError(_FROM_THE_START) from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
         curve.lrs.append(lr)
-        curve.losses.append(loss.item())
+        curve.losses.append(loss)
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
+
+def _finite(loss):
+    "The loss, or the error of `train_step` if it is not finite, also where a step of the user's own does not raise it."
+    if not math.isfinite(loss): raise FloatingPointError(f'the loss is {loss}')
+    return loss
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
@@ -259,7 +270,8 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
             start: float = 1e-5,                # first learning rate
             end: float = 1.0,                   # last learning rate
             steps: int = 100,                   # training steps, at least 10, each at its own learning rate
-            device: str = 'auto'                # as `pick_device` takes it
+            device: str = 'auto',               # as `pick_device` takes it
+            step: Callable | None = None        # what to do with a batch, as `train` takes it; None: a step with the recipe's loss
            ) -> LRCurve:
     """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Has no side effects.
 
@@ -277,7 +289,8 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
         precision = _resolve_precision(config.precision, trial, [first], device)
         curve, began = LRCurve([], [], '', config, precision, hardware(device), versions()), time.perf_counter()
         lrs = np.geomspace(start, end, steps).tolist()
-        curve.stopped = _sweep(curve, prepare(trial, precision), trial_optimizer, chain([first], stream), lrs, device)
+        curve.stopped = _sweep(curve, prepare(trial, precision), trial_optimizer, chain([first], stream), lrs, device,
+                               step or partial(train_step, label_smoothing=config.label_smoothing))
         curve.seconds = round(time.perf_counter() - began, 2)
     for caveat in curve.caveats: warnings.warn(caveat, stacklevel=2)
     return curve

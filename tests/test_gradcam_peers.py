@@ -81,6 +81,33 @@ def test_gradient_methods_agree_with_pytorch_grad_cam(networks, network, method,
     assert min((ours.fuse() - mean).abs().max(), (ours.fuse() - mean32).abs().max()) < tolerance
 
 
+class OnGrid(nn.Module):
+    "As in the notebook of Grad-CAM: the patches of a transformer's layer pass through `grid` as (N, C, h, w)."
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.grid = layer, nn.Identity()
+
+    def forward(self, x):
+        first, patches = self.layer(x).split_with_sizes([1, x.shape[1] - 1], 1)
+        side = int(patches.shape[1]**0.5)
+        return torch.cat([first, self.grid(patches.mT.unflatten(2, (side, side))).flatten(2).mT], 1)
+
+
+def test_maps_of_a_transformer_agree_with_its_reshape_transform():
+    from torchvision.models import VisionTransformer
+    torch.manual_seed(0)
+    vit = VisionTransformer(image_size=32, patch_size=4, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10).double().eval()
+    nn.init.normal_(vit.heads.head.weight)
+    images, classes = batch((32, 32), 5)
+    images, last = images.double(), vit.encoder.layers[-1]
+    cam = peer.GradCAM(vit, [last.ln_1], reshape_transform=lambda tokens: tokens[:, 1:].mT.unflatten(2, (8, 8)))
+    expected = torch.from_numpy(cam(images, [ClassifierOutputTarget(c) for c in classes]))
+    last.ln_1 = OnGrid(last.ln_1)
+    maps = GradCAM(vit, last.ln_1.grid)(images, classes).maps[:, 0]
+    assert maps.flatten(1).amax(1).min() > 0.9
+    torch.testing.assert_close(maps, expected, rtol=0, atol=1e-6, check_dtype=False)
+
+
 def test_the_prediction_is_the_default_of_both(networks):
     model, layers, size = networks['cifar']
     images, _ = batch(size, 5)

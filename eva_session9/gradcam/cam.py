@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine import _PROBABILITIES, _are_probabilities
+
 # %% ../../nbs/08a_gradcam.cam.ipynb #fb3ffc9f
 def _stretch(maps):
     "Each map of (..., h, w) from its own minimum and maximum to 0 and 1."
@@ -102,6 +104,14 @@ class Heatmaps:
         if k not in range(self.logits.shape[1]): raise ValueError(f'found class {k!r}, expected 0 to {self.logits.shape[1] - 1}')
         return replace(self, raw={name: raw[:, k].clone() for name, raw in self.raw.items()}, target=self.target.new_full(self.logits.shape[:1], k))
 
+    def subset(self, indices # anything that indexes a tensor
+              ) -> 'Heatmaps':
+        "The maps of the images at `indices`, in that order."
+        chosen = torch.arange(len(self.logits), device=self.logits.device)[indices].reshape(-1)
+        of_images = self.target is not None and all(raw.ndim == 3 for raw in self.raw.values())
+        return replace(self, raw={name: raw[chosen] for name, raw in self.raw.items()}, logits=self.logits[chosen],
+                       target=self.target[chosen] if of_images else self.target)
+
     def __repr__(self):
         grids = ', '.join(f'{name} {h}x{w}' for name, (h, w) in self.grid.items())
         n = len(self.logits)
@@ -153,6 +163,7 @@ def target_classes(target,                                # as in `CAM.__call__`
     if classes is not None and len(classes) != k:
         raise ValueError(f'{len(classes)} class names for {k} logits; where the last layer was replaced, delete model.card or pass classes=[...]')
     if callable(target): return None
+    if target is None and k == 1: raise ValueError(_ONE_LOGIT)
     if target is None: return logits.argmax(1)
     if _is_all(target): return torch.arange(k, device=logits.device)
     if isinstance(target, str): target = _class_index(target, classes)
@@ -161,6 +172,9 @@ def target_classes(target,                                # as in `CAM.__call__`
     return _checked_index(_as_index(target, logits.device), n, k)
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #b52fb35b
+_ONE_LOGIT = ('target: the model gives one logit, which has no predicted class; pass 0 for what raises it, '
+              'or lambda logits: -logits[:, 0] for what lowers it')
+
 def _is_all(target): return isinstance(target, str) and target == 'all'
 
 def _class_index(name, classes):
@@ -378,9 +392,11 @@ def _checked_images(images):
 
 def _checked_logits(logits):
     "Logits (N, K), or an error that says what the model gave."
-    if isinstance(logits, Tensor) and logits.ndim == 2: return logits
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(f'the model gives {found}, expected logits (N, K)')
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f'the model gives {found}, expected logits (N, K); put it into a module whose forward returns them')
+    if _are_probabilities(logits): warnings.warn(_PROBABILITIES, stacklevel=4)
+    return logits
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #2e3e1785
 class CAM:

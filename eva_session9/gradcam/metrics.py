@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine import _copied
 from .cam import CAM, _checked_logits, evaluating, find_layers, target_classes, unwrap
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #e91a11f3
@@ -276,7 +277,7 @@ def randomized(model: nn.Module,
                seed: int = 0           # of the new weights; the global random state is unchanged
                ) -> Iterator[tuple[str, nn.Module]]:
     "Yield each stage's name and a copy of the network with this stage and all before it in `stages` re-initialised (Adebayo et al. 2018)."
-    changed, redrawn = copy.deepcopy(unwrap(model)).eval(), nn.ModuleList()
+    changed, redrawn = _copied(unwrap(model)).eval(), nn.ModuleList()
     for i, (name, stage) in enumerate(find_layers(changed, stages).items()):
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed + i)
