@@ -172,6 +172,7 @@ def eva9_find_lr(
     data: str = 'shapes',      # 'cifar10', 'shapes', or a folder of images
     root: str = None,          # folder of the CIFAR-10 files; your cache folder if not given
     config: str = 'session9',  # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
+    pretrained: bool = False,  # start from the library's own ResNet-18, in place of random weights
     start: float = 1e-5,       # first learning rate
     end: float = 1.0,          # last learning rate
     steps: int = 100,          # number of training steps, one per learning rate
@@ -187,13 +188,13 @@ def eva9_find_lr(
         from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import recipe_model, write_atomically
         from eva_session9.visual import plot_lr
-        recipe, sets, out = _config(config), _sets(data, root, limit), Path(out)
+        recipe, sets, out = _config(config, pretrained=pretrained), _sets(data, root, limit), Path(out)
         _check_writable(out)
         seed_everything(recipe.seed)
         model = recipe_model(recipe, len(sets[0].classes))
         curve = find_lr(model, recipe_batches(recipe, *sets)[0], recipe, start=start, end=end, steps=steps)
         if Path(config).absolute() != (out / 'recipe.json').absolute(): (out / 'recipe.json').unlink(missing_ok=True)  # of another sweep
-        record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, start=start, end=end, steps=steps, limit=limit)}
+        record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, pretrained=pretrained, start=start, end=end, steps=steps, limit=limit)}
         write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
         _draw([('find_lr', plot_lr(curve))], out)
         write_atomically(out / 'recipe.json', json.dumps(asdict(curve.recipe), indent=1).encode())

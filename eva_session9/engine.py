@@ -52,7 +52,8 @@ def train_step(model: nn.Module,                 # in train mode
                precision: str = 'fp32',          # 'fp32' or 'bf16'
                label_smoothing: float = 0.0      # fraction of the target spread evenly over all classes
               ) -> tuple[Tensor, Tensor]:        # mean loss, and logits (B, K) before the step
-    "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change, a label out of range `ValueError` (on a GPU, CUDA's own error)."
+    "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change, a label out of range `ValueError` (on a GPU, CUDA's own error), LBFGS `TypeError`."
+    if isinstance(optimizer, torch.optim.LBFGS): raise TypeError('optimizer: found LBFGS, expected one that needs no closure, such as torch.optim.SGD; for LBFGS pass `train` a step of your own')
     logits = forward(model, x, precision)
     loss = _cross_entropy(logits, y, label_smoothing)
     total = _total(loss, model)
@@ -124,7 +125,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
     """Train for one pass over `batches`. Inside `distributed`, all processes must call it.
 
     Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, `TypeError` for one of another form, and
-    `ValueError` for a label out of range. Warns of a second pass of a model over the same shuffled epoch."""
+    `ValueError` for a label out of range. Warns of a second pass of a model over the same shuffled epoch, and of fewer batches than their length."""
     device = _device(model)
     _warn_of_repetition(model, batches)
     _train_mode(model)
@@ -139,6 +140,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
         correct += (logits.argmax(1) == y).sum()
         if i % 50 == 0: progress.set_postfix(loss=f'{loss.item() / n:.3f}', accuracy=f'{correct.item() / n:.2%}')
     if not n: raise ValueError(_NO_BATCHES.format('train'))
+    _warn_of_missing(batches, i + 1)
     if _ours(batches) and hasattr(batches, 'sampler'): batches.sampler.trained = weakref.ref(model)
     loss, correct, n = _summed(device, loss.item(), correct.item(), n)
     return Scores(loss / n, correct / n)
@@ -198,6 +200,11 @@ def _warn_of_repetition(model, batches):
     if trained and trained() is model and sampler.shuffle:
         warnings.warn(f'epoch {sampler.epoch} of these batches is trained on again, with the same order and augmentation; '
                       'call batches.set_epoch(epoch) before each pass')
+
+def _warn_of_missing(batches, found):
+    "Warn if a pass had fewer batches than their length, which a schedule may be made for."
+    expected = length_hint(batches)
+    if found < expected: warnings.warn(f'batches: found {found} in this pass, expected {expected}, their length; a schedule by steps would not reach its end; correct their __len__')
 
 def _device(model):
     "The device of the model; the CPU if it has no parameters."
@@ -445,7 +452,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     and for batches that depend only on `set_epoch`, PyTorch's global generators, and those of a DataLoader and its sampler. Raises `FloatingPointError` for a loss or weights that are
     not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
     is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more of them than
-    their length, frozen models, labels out of range, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
+    their length, frozen models, in several processes also parameters that the output does not depend on, labels out of range, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
     that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call it alike."""
     _check_arguments(model, train_batches, test_batches, config, out, resume)
     device = pick_device(device)
@@ -524,13 +531,22 @@ def _step(one_step, parts, config, steps, size):
     "A training step by the recipe, with images of `size` pixels a side, for an epoch of at most `steps` steps if anything depends on their number."
     taken = count(1)
     def step(model, x, y, optimizer, precision='fp32'):
-        if next(taken) > steps and (config.warmup or config.lookahead):
+        number = next(taken)
+        if number > steps and (config.warmup or config.lookahead):
             raise ValueError(f'training batches: found more in an epoch than their length, {steps}, which the schedule is made for; correct their __len__')
         result = one_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
+        if number == 1: _check_gradients(model)
         if config.warmup: parts['schedule'].step()
         if config.lookahead: parts['average'].step()
         return result
     return step
+
+def _check_gradients(model):
+    "Raise for parameters that got no gradient, for which DistributedDataParallel would wait in the next step."
+    if not isinstance(model, DistributedDataParallel): return
+    unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    if unused: raise ValueError(f'the model: the output does not depend on {", ".join(unused[:5])}, expected on all that several processes train; '
+                                'freeze such parameters with requires_grad_(False), or train in one process')
 
 def _resized(x, size):
     "The images at `size` pixels a side, antialiased; None: as they are."

@@ -8,6 +8,7 @@ Docs: https://eva-session9.github.io/eva_session9/optim.html.md"""
 __all__ = ['make_optimizer', 'triangle', 'Muon', 'orthogonal', 'Lookahead', 'zero_gamma']
 
 # %% ../nbs/05a_optim.ipynb #05a00003
+import inspect
 import warnings
 
 import torch
@@ -55,7 +56,7 @@ class Muon(torch.optim.SGD):
         loss = None if closure is None else torch.enable_grad()(closure)()
         filters = [p for group in self.param_groups if group.get('muon') for p in group['params'] if p.grad is not None]
         if filters: self._orthogonalise(filters, [p.grad for p in filters])
-        super().step()
+        inspect.unwrap(torch.optim.SGD.step)(self)  # PyTorch calls the hooks around this method already
         return loss
 
     def _orthogonalise(self, filters, gradients):

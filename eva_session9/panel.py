@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
-from .engine import Evaluation, _device, forward
+from .engine import Evaluation, forward
 from .gradcam import METHODS, Heatmaps, Status
 from .gradcam.cam import CAM, ForwardPass, _eager, _hooked, _misshapen, _mixes, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
@@ -245,9 +245,6 @@ class Evidence(CAM):
     def raw_maps(self, seen: ForwardPass # one forward pass
                 ) -> dict[str, Tensor]:
         "Keep layer -> activation (1, C, h, w) and gradients (N, C, h, w); the returned maps are placeholders."
-        for name, activation in seen.activations.items():
-            if len(activation) != len(seen.logits): raise ValueError(f'layer {name!r} runs before the first one named; '
-                                                                     'name them in the order in which they run')
         found = next(gradients(seen))
         self.kept = {name: (activation[:1], found[name]) for name, activation in seen.activations.items()}
         return {name: activation[:, :1] for name, activation in seen.activations.items()}
@@ -308,12 +305,16 @@ def classify(model: nn.Module,                         # an image classifier
              lock=nullcontext()                        # context manager held while the model runs
             ) -> Tensor:
     "The logits of every image, float32 (N, K), as `engine.test` gives them, without a progress bar of its own. Labels are not looked at: the model may not know their classes."
-    device, logits = _device(model), []
+    logits = []
     for x, y in loader(images, test_transforms(mean, std), batch_size=100, shuffle=False):
         with lock, evaluating(unwrap(model)), torch.inference_mode():
-            logits.append(forward(model, x.to(device), 'fp32').cpu())
+            logits.append(forward(model, _as_taken(x, model), 'fp32').cpu())
         if report: report(min(100 * len(logits), len(images)))
     return torch.cat(logits)
+
+def _as_taken(x, model):
+    "The images on the device of the model's weights, and in their dtype."
+    return x.to(next(filter(torch.is_floating_point, model.parameters()), x))
 
 # %% ../nbs/10_panel.ipynb #b6ac643b
 def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> Path:
@@ -568,8 +569,8 @@ def _probe(self: Explorer):
 @patch
 def input(self: Explorer, image: np.ndarray # uint8 (H, W, 3)
          ) -> Tensor:
-    "The image as the model takes it, (1, 3, H, W), on the model's device."
-    return self.transform(image=image)['image'][None].to(_device(self.model))
+    "The image as the model takes it, (1, 3, H, W), on the device of its weights and in their dtype."
+    return _as_taken(self.transform(image=image)['image'][None], self.model)
 
 # %% ../nbs/10_panel.ipynb #012f00a8
 @patch

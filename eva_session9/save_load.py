@@ -108,9 +108,8 @@ def load_model(path: str | Path # of the weights; the card is beside them
     "The model in `path`. A missing, damaged or mismatched file raises `CheckpointError`."
     path = Path(path)
     try:
-        blob, card = path.read_bytes(), json.loads(path.with_suffix('.json').read_text())
-        if hashlib.sha256(blob).hexdigest() != card['sha256']:
-            raise CheckpointError(f'{path}: the weights are not those of the card (sha256 differs); copy both files again')
+        blob = path.read_bytes()
+        card = _card_of(path, hashlib.sha256(blob).hexdigest())
         _check_keys(card)
         model = make_model(card['architecture'], len(card['classes']))
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in from_safetensors(blob).items()})
@@ -121,6 +120,15 @@ def load_model(path: str | Path # of the weights; the card is beside them
                               'with its card beside it') from error
     model.card = card
     return model.eval()
+
+def _card_of(path, sha256):
+    "The card of the weights in `path`: beside them, or under its temporary name if the process that wrote both was killed between the two renames."
+    beside = path.with_suffix('.json')
+    parts = [file for file in beside.parent.glob('*.part') if file.name.startswith(f'{beside.name}.')]
+    for file in [file for file in (beside, *parts) if file.exists()] or [beside]:
+        card = json.loads(file.read_text())
+        if card['sha256'] == sha256: return card
+    raise CheckpointError(f'{path}: the weights are not those of the card (sha256 differs); copy both files again')
 
 # %% ../nbs/05_save_load.ipynb #1378ce3b
 def pretrained(num_classes: int | None = None # number of your own classes: the last layer is replaced by an untrained one, and the card removed

@@ -102,6 +102,20 @@ def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):
     assert last.endswith(f"eva9_train --data shapes --config '{out}/recipe.json' --limit 32")
 
 
+def test_a_sweep_can_begin_with_the_librarys_own_model(tmp_path, monkeypatch):
+    def sweep(model, batches, recipe, **options):
+        swept.append((model, recipe))
+        lrs = np.geomspace(1e-5, 1, 100)
+        return LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist())
+    swept = []
+    monkeypatch.setattr('eva_session9.lr_finder.find_lr', sweep)
+    eva9_find_lr(data='shapes', pretrained=True, limit=32, out=str(tmp_path))
+    (model, recipe), = swept
+    assert recipe.pretrained and torch.equal(model.conv1.weight, pretrained().conv1.weight)
+    assert json.loads((tmp_path / 'recipe.json').read_text())['pretrained']
+    assert json.loads((tmp_path / 'find_lr.json').read_text())['command'].endswith('--pretrained --start 1e-05 --end 1.0 --steps 100 --limit 32')
+
+
 @pytest.mark.parametrize('config, hinted', [('session9', False), ('laptop', True)])
 def test_where_the_rate_falls_to_zero_a_higher_one_is_hinted_at(config, hinted, tmp_path, capsys, monkeypatch):
     lrs = np.geomspace(1e-5, 1, 100)

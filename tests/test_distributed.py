@@ -42,6 +42,13 @@ class Last(nn.Module):
         if process == '0': return x
         return torch.cat([x[:-1], x[-1:] * float('nan')])
 
+class Spare(nn.Module):
+    "Holds a layer that it does not run."
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+    def forward(self, x): return x
+
 class Drawn(nn.Module):
     "Keeps what dropout would draw."
     def __init__(self):
@@ -68,7 +75,8 @@ with engine.distributed() as number:
              'dropout': run('dropout', nn.Dropout(), n=23),
              'masks': masks(),
              'again': refused('plain'),
-             'nan': refused('nan', Last())}
+             'nan': refused('nan', Last()),
+             'unused': refused('unused', Spare())}
     if process != 'alone': found['sampler'] = refused('sampler', loader={'shuffle': False, 'sampler': DistributedSampler(images)})
     if process != 'alone': found['odd'] = refused('odd', loader={'batch_size': 9}, batch_size=9)
 torch.save(found, f'{sys.argv[1]}/{process}.pt')
@@ -135,6 +143,7 @@ def test_running_statistics_are_those_of_the_first_share(found):
 
 
 @pytest.mark.parametrize('kind, said', [
-    ('again', 'holds a run already'), ('nan', 'the loss is nan at learning rate 0.05, step 0'), ('sampler', 'found a DistributedSampler, expected none'), ('odd', 'found 9 for 2 processes, expected a multiple of 2')])
+    ('again', 'holds a run already'), ('nan', 'the loss is nan at learning rate 0.05, step 0'), ('sampler', 'found a DistributedSampler, expected none'), ('odd', 'found 9 for 2 processes, expected a multiple of 2'),
+    ('unused', 'the output does not depend on 1.layer.weight, 1.layer.bias')])
 def test_all_processes_refuse_alike(found, kind, said):
     assert said in found['0'][kind] and found['0'][kind] == found['1'][kind]

@@ -278,11 +278,15 @@ def _backward(seen, t):
     if seen.scores.requires_grad:
         column, more = torch.zeros_like(seen.scores), t + 1 < seen.scores.shape[1]
         column[:, t] = 1
-        found = torch.autograd.grad(seen.scores, nodes, column, retain_graph=more, allow_unused=True)
+        try: found = torch.autograd.grad(seen.scores, nodes, column, retain_graph=more, allow_unused=True)
+        except RuntimeError as error:
+            if 'use_reentrant' not in str(error): raise
+            raise ValueError('found a checkpoint between layer and score, which hides the gradients; set use_reentrant=False in the network, '
+                             'or choose a later layer, or a method without gradients such as EigenCAM') from error
     for name, gradient in zip(seen.nodes, found):
         if gradient is not None: continue
         raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations; choose another layer, '
-                         'or a method without gradients such as EigenCAM')
+                         'or a method without gradients such as EigenCAM; if the layer runs in a checkpoint, set use_reentrant=False')
     return {name: _at_least_float32(gradient) for name, gradient in zip(seen.nodes, found)}
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #8732293e
@@ -344,13 +348,15 @@ def _run(model, layers, images, graph):
         linear['last'] = (module.weight, module.bias, inputs[0].detach(), output.detach().clone()) if inputs and isinstance(output, Tensor) else None
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
-    with _hooked(hooks): logits = _forward(model, images)
+    with _hooked(hooks): logits = _checked_logits(_forward(model, images))
     if len(images) > 1 and any(_mixes(module) for module in model.modules()):
         warnings.warn('a batch norm without running statistics mixes the images, and so do the maps; explain one image at a time', stacklevel=4)
     for name in layers:
         if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain; choose a layer that runs')
+        if len(kept[name]) != len(logits): raise ValueError(f'layer {name!r} gives {tuple(kept[name].shape)} and the model {tuple(logits.shape)}, '
+                                                            'expected (N, C, h, w) and (N, K); choose a layer that keeps the images apart')
         for doubt in _doubts(runs[name], kept[name].shape[2:], images.shape[2:]): warnings.warn(f'layer {name!r} {doubt}', stacklevel=4)
-    return _checked_logits(logits), {name: kept[name] for name in layers}, linear.get('last')
+    return logits, {name: kept[name] for name in layers}, linear.get('last')
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #a3be11a1
 def _doubts(runs, grid, size):

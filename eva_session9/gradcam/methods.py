@@ -181,8 +181,13 @@ def _handing_out(outputs):
 def _next_or_run(given, forward, *inputs, **options):
     output = next(given, None)
     if output is None: return forward(*inputs, **options)
-    if getattr(getattr(forward, '__self__', None), 'inplace', False): forward(*inputs, **options)  # for what it does to its input
+    if _begins_in_place(getattr(forward, '__self__', None)): forward(*inputs, **options)  # for what it does to its input
     return output
+
+def _begins_in_place(module):
+    "Whether it changes its input; a sequence does if its first part does."
+    while isinstance(module, nn.Sequential) and len(module): module = module[0]
+    return getattr(module, 'inplace', False)
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #a402c4b4
 def tail_logits(model: nn.Module,
