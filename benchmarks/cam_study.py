@@ -39,7 +39,7 @@ from eva_session9.preprocessing import loader, test_transforms
 from eva_session9.save_load import pretrained, write_atomically
 
 LAYERS = ['layer2', 'layer3', 'layer4']
-STAGES = ['fc', 'layer4', 'layer3', 'layer2', 'layer1', 'conv1']  # whose weights are drawn anew, one after the other
+STAGES = ['fc', 'layer4', 'layer3', 'layer2', 'layer1', 'bn1', 'conv1']  # whose weights are drawn anew, one after the other
 SLOW = {'ScoreCAM', 'AblationCAM'}  # a pass for each channel: made in the faster precision, and not repeated for new weights
 SOME, STEPS, FRACTIONS, SIGMA, BATCH = 100, 6, (0.3, 0.7), 5.0, 100
 
@@ -261,7 +261,7 @@ def study_cascade(root, n, work):
     mean, std = model.card['mean'], model.card['std']
     x, calibration = (inputs(stratified(*subset), mean, std) for subset in ((test_set, n), (train_set, 250)))
     target = in_batches(lambda a: {'target': forward(model, a, 'fp32').argmax(1)}, x)['target']
-    rows = Rows(work, f"cascade-{model.card['sha256'][:8]}-{n}", False)
+    rows = Rows(work, f"cascade-{'-'.join(STAGES)}-{model.card['sha256'][:8]}-{n}", False)
 
     def remaining(method, layers):
         cam = method(model, layers)

@@ -76,7 +76,7 @@ def _check_set(s):
     for name, found in arrays.items():
         if not isinstance(found, np.ndarray): raise ValueError(f'ImageSet: {name}: found {type(found).__name__}, expected a NumPy array')
     def wrong(name, expected): return ValueError(f'ImageSet: {name}: found {arrays[name].dtype} {arrays[name].shape}, expected {expected}')
-    if s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3: raise wrong('images', 'uint8 (N, H, W, 3)')
+    if s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3: raise wrong('images', 'uint8 (N, H, W, 3); give gray images three channels with np.repeat(gray[..., None], 3, -1)')
     if s.labels.dtype != np.int64 or s.labels.shape != s.images.shape[:1]: raise wrong('labels', f'int64 ({len(s.images)},)')
     if not len(s): raise ValueError('ImageSet: the set is empty; expected at least one image')
     if s.masks is not None and (s.masks.dtype != bool or s.masks.shape != s.images.shape[:3]): raise wrong('masks', f'bool {s.images.shape[:3]}')

@@ -18,10 +18,10 @@ import atexit
 import json
 import re
 import time
+import warnings
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
-from .engine import Evaluation, forward
+from .engine import _PROBABILITIES, Evaluation, _are_probabilities, _copied, forward
 from .gradcam import METHODS, Heatmaps, Status
 from .gradcam.cam import CAM, ForwardPass, _eager, _hooked, _misshapen, _mixes, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
@@ -510,7 +510,7 @@ class Explorer:
                  std: Sequence[float] | None = None):     # of each channel, in [0, 1] units; None: that of `model.card`
         if not isinstance(images, ImageSet): raise ValueError(f'images: found {type(images).__name__}, expected an ImageSet')
         self.mean, self.std = _statistics(model, mean, std)
-        self.model, self.images, self.lock = _copied(model), images, Lock()
+        self.model, self.images, self.lock = _own_copy(model), images, Lock()
         self.transform = test_transforms(self.mean, self.std)
         self.files, self.made, self.probed, self.evidence = [], {}, {}, (None, {}, None)
         logits, self.stages, self.problem = self._probe()
@@ -543,9 +543,9 @@ def _statistics(model, mean, std):
                          'mean, std = train_set.stats(); HeatmapPanel(model, images, mean=mean, std=std)')
     return tuple(mean), tuple(std)
 
-def _copied(model):
+def _own_copy(model):
     "The network without wrappers, as a copy in eval mode."
-    try: return deepcopy(unwrap(model)).eval()
+    try: return _copied(unwrap(model)).eval()
     except Exception as error: raise ValueError(f'the model cannot be copied: {error}') from error
 
 def _checked(evaluation, images, logits):
@@ -564,6 +564,8 @@ def _probe(self: Explorer):
         return None, {}, f'The model cannot take images of {h} x {w} pixels: {error}'
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         return None, {}, f'The model gives {getattr(logits, "shape", type(logits).__name__)}, expected logits (N, K).'
+    if logits.shape[1] == 1: return None, {}, 'The model gives one logit, expected one for each class; give it two, (-z / 2, z / 2) in place of z.'
+    if _are_probabilities(logits): warnings.warn(_PROBABILITIES)
     return logits, stages, '' if stages else 'The model has no layer with a grid of cells, so it has no heatmaps.'
 
 @patch

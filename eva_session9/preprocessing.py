@@ -170,7 +170,7 @@ def loader(images: ImageSet,     # the set
            seed: int = 42,       # of order and augmentation
            num_workers: int = 0, # processes that load; the batches do not depend on how many
            shuffle: bool = True, # a new order each epoch
-           **options             # of `DataLoader`: `persistent_workers`, `multiprocessing_context`, `pin_memory`, ...
+           **options             # of `DataLoader`: `drop_last`, `persistent_workers`, `multiprocessing_context`, `pin_memory`, ...
           ) -> KeyedLoader:
     """Batches (x, y): normalised images, float32 (B, 3, H, W), and labels, int64 (B,). Every pass is the same until `set_epoch` is called.
 

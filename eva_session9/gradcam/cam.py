@@ -223,7 +223,9 @@ def _keep(name, kept, runs, graph):
     def hook(module, inputs, output):
         if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
             found = f'{output.dtype} {tuple(output.shape)}' if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f'layer {name!r} gives {found}, expected float (N, C, h, w): choose a convolutional layer')
+            tokens = isinstance(output, Tensor) and output.ndim == 3
+            raise ValueError(f'layer {name!r} gives {found}, expected float (N, C, h, w): '
+                             + ('put its tokens on a grid, as the page on Grad-CAM shows for a transformer' if tokens else 'choose a convolutional layer'))
         if graph and not runs: torch.set_grad_enabled(True)
         runs[name] += 1
         kept[name] = output.clone()
@@ -349,6 +351,7 @@ def _run(model, layers, images, graph):
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
     with _hooked(hooks): logits = _checked_logits(_forward(model, images))
+    if _are_probabilities(logits): warnings.warn(_PROBABILITIES, stacklevel=4)
     if len(images) > 1 and any(_mixes(module) for module in model.modules()):
         warnings.warn('a batch norm without running statistics mixes the images, and so do the maps; explain one image at a time', stacklevel=4)
     for name in layers:
@@ -398,11 +401,9 @@ def _checked_images(images):
 
 def _checked_logits(logits):
     "Logits (N, K), or an error that says what the model gave."
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f'the model gives {found}, expected logits (N, K); put it into a module whose forward returns them')
-    if _are_probabilities(logits): warnings.warn(_PROBABILITIES, stacklevel=4)
-    return logits
+    if isinstance(logits, Tensor) and logits.ndim == 2: return logits
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    raise ValueError(f'the model gives {found}, expected logits (N, K); put it into a module whose forward returns them')
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #2e3e1785
 class CAM:

@@ -57,7 +57,7 @@ def confidence(model: nn.Module,
     device = next(model.parameters(), images).device
     with evaluating(model): logits = _checked_logits(model(images.to(device)))
     if logits.shape[1] < 2:
-        raise ValueError('confidence: the model gives one logit z, whose softmax is always 1; wrap it so that it gives two, such as (0, z)')
+        raise ValueError('confidence: the model gives one logit z, whose softmax is always 1; wrap it so that it gives two, such as (-z / 2, z / 2)')
     return logits.float().softmax(1).gather(1, target_classes(target, logits)[:, None])[:, 0]
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #a9432a86
@@ -334,7 +334,6 @@ def logit_similarity(cam: CAM,        # a CAM method, such as `GradCAM(model, 'l
     "Layer -> rank correlation of the maps for the predicted class and for a random other class, (N,): at 1 the class has no effect."
     predicted = cam(images)
     n, k = predicted.logits.shape
-    if k < 2: raise ValueError('the model has one class, so there is no other to compare with')
     steps = torch.randint(1, k, (n,), generator=torch.Generator().manual_seed(seed)).to(predicted.target)
     other = cam(images, (predicted.target + steps) % k)
     return {name: spearman(raw, other.raw[name]) for name, raw in predicted.raw.items()}
