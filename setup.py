@@ -24,18 +24,24 @@ for key, found in repeated.items():
         raise SystemExit('pyproject.toml or __init__.py differs from settings.ini: '
                          f'{key}: settings.ini says {expected!r}, not {found!r}')
 
+def with_addresses(readme):
+    "The README with addresses in place of relative links and pictures, for pages that show it elsewhere."
+    readme = re.sub(r'(!\[[^]]*\]\()(?!\w+:)', rf"\1{cfg['git_url']}/raw/{cfg['branch']}/", readme)
+    return re.sub(r'(\]\()(?!\w+:|#)', rf"\1{cfg['git_url']}/blob/{cfg['branch']}/", readme)
+
+
 stages = '1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable'
 setup(
-    name=name, version=cfg['version'], author=cfg['author'], license='Apache-2.0', description=cfg['description'],
+    name=name, version=cfg['version'], author=cfg['author'], license_expression='Apache-2.0', description=cfg['description'],
     keywords=cfg['keywords'].split(), python_requires=f">={cfg['min_python']}",
-    long_description=(here / 'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=with_addresses((here / 'README.md').read_text(encoding='utf-8')), long_description_content_type='text/markdown',
     packages=find_packages(include=[name, f'{name}.*']), include_package_data=False,
     package_data={name: ['weights/*']},
     install_requires=cfg['requirements'].split(),
     extras_require={'app': cfg['app_requirements'].split(), 'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'nbdev': [f'{name}={name}._modidx:d']},
     classifiers=[
-        f"Development Status :: {stages[int(cfg['status']) - 1]}", 'Programming Language :: Python :: 3',
+        f"Development Status :: {stages[int(cfg['status']) - 1]}", *(f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)),
         'Intended Audience :: Education', 'Intended Audience :: Science/Research',
         'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     zip_safe=False)

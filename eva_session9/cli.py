@@ -415,9 +415,11 @@ def _trained_on(weights):
 # %% ../nbs/11_cli.ipynb #f1137ba0
 def _server(open_browser):
     "Voila, which comes with the extra `app`; it says its address as soon as it answers there."
-    try: from voila.app import Voila
-    except ImportError:
-        raise ValueError("the page is served by Voila, which is not installed: pip install 'voila>=0.5.13,<0.6'") from None
+    try:
+        import ipykernel  # which runs the page
+        from voila.app import Voila
+    except ImportError as error:
+        raise ValueError(f"the page needs {error.name}, which is not installed: pip install 'voila>=0.5.13,<0.6' ipykernel") from None
     class Server(Voila):
         def launch_browser(self):
             print(f'the panel is at http://{self.ip}:{self.port}/ (Ctrl-C ends it)', flush=True)

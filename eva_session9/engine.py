@@ -725,7 +725,8 @@ def _acquire(lock, out):
 def _check_writable(out):
     "Find out before the first epoch, not after it, whether a checkpoint can be written."
     probe = out / f'.probe-{os.getpid()}'
-    write_atomically(probe, b'')
+    try: write_atomically(probe, b'')
+    except CheckpointError as error: raise CheckpointError(f'{out}: could not write to this folder ({error.__cause__}); choose another, or free some space') from error
     probe.unlink()
 
 # %% ../nbs/06_engine.ipynb #131ff0f5

@@ -1,5 +1,6 @@
 "`eva9_explain` on photographs: those that matplotlib ships, in the formats and modes that people have."
-import json, os, shutil, sys
+import json, os, shutil, subprocess, sys
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -22,6 +23,12 @@ def explained(folder): return json.loads((folder / 'heatmaps.json').read_text())
 def close(a, b):
     "The same prediction, the probability within half a percent."
     return a['predicted'] == b['predicted'] and abs(a['probability'] - b['probability']) < 0.005
+
+
+@pytest.mark.parametrize('arguments, said', [(['a.png', 'b.png'], 'files tried: 2'), (['--data', 'nowhere'], "--data: found 'nowhere'")])
+def test_the_command_takes_many_files_or_none(arguments, said, tmp_path):
+    done = subprocess.run([Path(sys.executable).parent / 'eva9_explain', *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_photograph_by_several_methods(tmp_path):

@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import _PROBABILITIES, _are_probabilities
-
 # %% ../../nbs/08a_gradcam.cam.ipynb #fb3ffc9f
 def _stretch(maps):
     "Each map of (..., h, w) from its own minimum and maximum to 0 and 1."
@@ -351,7 +349,7 @@ def _run(model, layers, images, graph):
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
     with _hooked(hooks): logits = _checked_logits(_forward(model, images))
-    if _are_probabilities(logits): warnings.warn(_PROBABILITIES, stacklevel=4)
+    if _are_probabilities(logits): warnings.warn('the model gives probabilities (each row sums to 1), expected logits; leave out its softmax', stacklevel=4)
     if len(images) > 1 and any(_mixes(module) for module in model.modules()):
         warnings.warn('a batch norm without running statistics mixes the images, and so do the maps; explain one image at a time', stacklevel=4)
     for name in layers:
@@ -373,6 +371,10 @@ def _misshapen(grid, size):
     "Is the grid longer or wider than the image's proportions by a quarter, and by more than two cells?"
     sides = grid[0] * size[1], grid[1] * size[0]
     return max(sides) > 1.25 * min(sides) + 2 * max(size)
+
+def _are_probabilities(logits):
+    "Are these the outputs of a softmax?"
+    return logits.shape[1] > 1 and ((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()).item()
 
 def _mixes(module):
     "Does it depend on the whole batch even in eval mode?"

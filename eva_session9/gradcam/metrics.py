@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import _copied
 from .cam import CAM, _checked_logits, evaluating, find_layers, target_classes, unwrap
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #e91a11f3
@@ -284,6 +283,11 @@ def randomized(model: nn.Module,
             for module in stage.modules(): _redraw(module)
         _estimate_statistics(changed, redrawn.append(stage), images)
         yield name, copy.deepcopy(changed)
+
+def _copied(model):
+    "A deep copy. PyTorch copies no results with their graph: those that the model keeps lose theirs."
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
 
 def _redraw(module):
     "New values for the weights that the module itself holds."
