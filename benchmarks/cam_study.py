@@ -222,10 +222,8 @@ def stratified(images, n):
 
 def study_cifar10(root, n, work):
     "Faithfulness and sanity on real images."
-    model, (train_set, test_set) = pretrained(), cifar10(root)
-    mean, std = model.card['mean'], model.card['std']
-    images = stratified(test_set, n)
-    x, calibration = inputs(images, mean, std), inputs(stratified(train_set, 250), mean, std)
+    model, images = pretrained(), stratified(cifar10(root)[1], n)
+    x = inputs(images, model.card['mean'], model.card['std'])
     fast = Fast(model, x[:32])
     target = in_batches(lambda a: {'target': fast(a).argmax(1)}, x)['target']
     hidden = in_batches(lambda a, b: {'c': confidence(fast, blurred(a, SIGMA), b)}, x, target)['c']

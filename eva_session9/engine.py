@@ -203,7 +203,7 @@ def _warn_of_repetition(model, batches):
 
 def _warn_of_missing(batches, found):
     "Warn if a pass had fewer batches than their length, which a schedule may be made for."
-    expected = length_hint(batches)
+    expected = 0 if isinstance(batches, Iterator) else length_hint(batches)
     if found < expected: warnings.warn(f'batches: found {found} in this pass, expected {expected}, their length; a schedule by steps would not reach its end; correct their __len__')
 
 def _device(model):
@@ -299,7 +299,7 @@ test.__test__ = False  # pytest would take the name for a test
 
 def _are_probabilities(logits):
     "Whether these are the outputs of a softmax: not negative, with a sum of one for each image."
-    return logits.shape[1] > 1 and ((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()).item()
+    return logits.numel() > len(logits) and ((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-2).all()).item()
 
 _PROBABILITIES = 'the model gives probabilities (each row sums to 1), expected logits; leave out its softmax'
 
@@ -323,8 +323,9 @@ def faster_precision(model: nn.Module, # on its device; not changed
     return min(fastest, key=fastest.get)
 
 def _copied(model, *others):
-    "A deep copy, and with it of others that refer to its weights. PyTorch copies no results with their graph: those that the model keeps lose theirs."
-    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    "A deep copy, and with it of others that refer to its weights. PyTorch copies no results with their graph: those that the model keeps as attributes lose theirs."
+    values = (value for module in model.modules() for value in (*vars(module).values(), *module.buffers(recurse=False)))
+    kept = [value for value in values if isinstance(value, Tensor) and not value.is_leaf and not isinstance(value._base, nn.Parameter)]
     copies = copy.deepcopy((model, *others), {id(value): value.detach().clone() for value in kept})
     return copies if others else copies[0]
 
@@ -449,7 +450,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
 
     Batch normalisation whose parameters are frozen is kept in eval mode. The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
-    and for batches that depend only on `set_epoch`, PyTorch's global generators, and those of a DataLoader and its sampler. Raises `FloatingPointError` for a loss or weights that are
+    and for batches that depend only on `set_epoch`, PyTorch's global generators, and those of a DataLoader and its sampler (not on those of persistent workers). Raises `FloatingPointError` for a loss or weights that are
     not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
     is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more of them than
     their length, frozen models, in several processes also parameters that the output does not depend on, labels out of range, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
@@ -696,7 +697,7 @@ def _dry_run(model, batches, precision):
     "Test on the first batch, so that a wrong one is found before the first epoch, not after it. The global generators are restored, not one of the loader's own."
     before = rng_state()
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'the logits of')
+        warnings.simplefilter('ignore')  # its warnings come after the first epoch
         test(model, list(islice(batches, 1)), precision)
     set_rng_state(before)
 
@@ -798,7 +799,10 @@ def _restore(parts, batches, state, out):
         raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with')
     for name, part in parts.items(): part.load_state_dict(state[name])
     set_rng_state(state['rng'])
-    for generator, at in zip(_generators(batches), state.get('generators', [])): generator.set_state(at)
+    own, then = _generators(batches), state.get('generators')  # which older checkpoints lack
+    if then is None: return
+    if len(own) != len(then): warnings.warn(f'generators of the batches: begun with {len(then)}, resumed with {len(own)}; their order may differ from that of an uninterrupted run')
+    for generator, at in zip(own, then): generator.set_state(at)
 
 def _state(parts, batches, history):
     "All that the rest of the run depends on."
@@ -808,7 +812,8 @@ def _state(parts, batches, history):
 
 def _generators(batches):
     "The generators of their own that a DataLoader and its sampler draw from."
-    found = (getattr(owner, 'generator', None) for owner in (batches, getattr(batches, 'sampler', None)))
+    owners = batches, getattr(batches, 'sampler', None), getattr(getattr(batches, 'batch_sampler', None), 'sampler', None)
+    found = (getattr(owner, 'generator', None) for owner in owners)
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 def _data(batches):

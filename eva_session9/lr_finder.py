@@ -126,7 +126,7 @@ def lr(self: LRCurve) -> float:
 
 @patch(as_prop=True)
 def recipe(self: LRCurve) -> Config:
-    "The recipe of the sweep at the recommended rate, `lr`. Muon's rate, which the sweep raised along with it, is in the same proportion. Raises `ValueError` as `lr` does."
+    "The recipe of the sweep at the recommended rate, `lr`, with Muon's rate in proportion, as they were swept; for another optimizer take `lr` alone. Raises `ValueError` as `lr` does."
     if self.config is None: raise ValueError('the curve has no recipe; make it by `find_lr`')
     return replace(self.config, lr=self.lr, muon_lr=self.config.muon_lr * self.lr / self.config.lr)
 
@@ -245,7 +245,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device, step):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
         x, y = _checked_pair(batch, device)
         x = _resized(x, curve.config.size(0))
-        try: loss = _finite(step(model, x, y, optimizer, curve.precision)[0].item())
+        try: loss = _finite(float(step(model, x, y, optimizer, curve.precision)[0]))
         except FloatingPointError as error:
             if not x.isfinite().all():
                 raise FloatingPointError(f'step {len(curve.lrs)}: found images that are not finite; check them, the learning rate is not the cause') from error

@@ -45,7 +45,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from .data import ImageSet, cifar10, fit_square, read_image, shapes
-from .engine import _PROBABILITIES, Evaluation, _are_probabilities, _copied, forward
+from .engine import _PROBABILITIES, Evaluation, _are_probabilities, _copied, _device, forward
 from .gradcam import METHODS, Heatmaps, Status
 from .gradcam.cam import CAM, ForwardPass, _eager, _hooked, _misshapen, _mixes, evaluating, gradients, unwrap
 from .preprocessing import loader, test_transforms
@@ -313,8 +313,9 @@ def classify(model: nn.Module,                         # an image classifier
     return torch.cat(logits)
 
 def _as_taken(x, model):
-    "The images on the device of the model's weights, and in their dtype."
-    return x.to(next(filter(torch.is_floating_point, model.parameters()), x))
+    "The images on the device of the model's weights, and in their dtype if they have one."
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return x.to(_device(model), *dtypes if len(dtypes) == 1 else [])
 
 # %% ../nbs/10_panel.ipynb #b6ac643b
 def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> Path:

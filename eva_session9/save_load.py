@@ -124,10 +124,12 @@ def load_model(path: str | Path # of the weights; the card is beside them
 def _card_of(path, sha256):
     "The card of the weights in `path`: beside them, or under its temporary name if the process that wrote both was killed between the two renames."
     beside = path.with_suffix('.json')
-    parts = [file for file in beside.parent.glob('*.part') if file.name.startswith(f'{beside.name}.')]
-    for file in [file for file in (beside, *parts) if file.exists()] or [beside]:
-        card = json.loads(file.read_text())
-        if card['sha256'] == sha256: return card
+    for part in beside.parent.glob('*.part'):
+        with suppress(OSError, ValueError):
+            card = json.loads(part.read_text())
+            if isinstance(card, dict) and card.get('sha256') == sha256: return card
+    card = json.loads(beside.read_text())
+    if card['sha256'] == sha256: return card
     raise CheckpointError(f'{path}: the weights are not those of the card (sha256 differs); copy both files again')
 
 # %% ../nbs/05_save_load.ipynb #1378ce3b

@@ -290,9 +290,9 @@ def _check_rows(images, maps, labels):
     n, layers = len(images), maps.shape[1]
     expected = (n, maps.shape[-3], *images.shape[1:3])
     if maps.shape != expected:
-        advice = ("they were made with target='all', so choose one class, such as `heatmaps.of(0)`" if maps.ndim == 5 else
-                  'take those of the same images, such as `heatmaps.subset(range(8))`')
-        raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, expected {expected}; {advice}')
+        advice = ("; they were made with target='all', so choose one class, such as `heatmaps.of(0)`" if maps.ndim == 5 else
+                  f'; take those of the same images, such as `heatmaps.subset(range({n}))`' * (len(maps) > n))
+        raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, expected {expected}{advice}')
     if len(labels) not in (0, n): raise ValueError(f'plot_heatmaps: found {len(labels)} labels for {n} images, expected one for each, or none')
     if n * (1 + layers) > MAX_TILES:
         raise ValueError(f'plot_heatmaps: {n:,} images and {layers} layers do not fit one figure; draw at most {MAX_TILES // (1 + layers)} images at a time')

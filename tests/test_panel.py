@@ -487,7 +487,7 @@ def test_training_on_while_the_set_is_classified_changes_nothing(model):
 
 
 def test_a_model_that_cannot_be_copied_is_refused(model):
-    model.last = model.head[2].weight * 2  # a result with a graph
+    model.last = [model.head[2].weight * 2]  # a result with a graph
     with pytest.raises(ValueError, match='the model cannot be copied'): HeatmapPanel(model, IMAGES)
 
 

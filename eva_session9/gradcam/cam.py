@@ -105,6 +105,7 @@ class Heatmaps:
     def subset(self, indices # anything that indexes a tensor
               ) -> 'Heatmaps':
         "The maps of the images at `indices`, in that order."
+        if isinstance(indices, tuple): indices = list(indices)
         chosen = torch.arange(len(self.logits), device=self.logits.device)[indices].reshape(-1)
         of_images = self.target is not None and all(raw.ndim == 3 for raw in self.raw.values())
         return replace(self, raw={name: raw[chosen] for name, raw in self.raw.items()}, logits=self.logits[chosen],
@@ -374,7 +375,7 @@ def _misshapen(grid, size):
 
 def _are_probabilities(logits):
     "Are these the outputs of a softmax?"
-    return logits.shape[1] > 1 and ((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()).item()
+    return logits.shape[1] > 1 and ((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-2).all()).item()
 
 def _mixes(module):
     "Does it depend on the whole batch even in eval mode?"
@@ -447,8 +448,8 @@ class CAM:
         """Heatmaps of each image, for one score or for every class.
 
         `target` is None for the predicted class, a class (index or name) for all images, N classes, 'all' for every class, or
-        a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, a layer that does not run or
-        that the score does not depend on raise `ValueError`; a wrong type raises `TypeError`. During a call the network has hooks
+        a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, one logit without a target, a layer
+        that does not run or that the score does not depend on raise `ValueError`; a wrong type raises `TypeError`. During a call the network has hooks
         and is in eval mode, so no other thread may use it."""
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), _eager():
             images = _checked_images(images).to(next(self.model.parameters(), images).device)

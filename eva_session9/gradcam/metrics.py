@@ -285,8 +285,9 @@ def randomized(model: nn.Module,
         yield name, copy.deepcopy(changed)
 
 def _copied(model):
-    "A deep copy. PyTorch copies no results with their graph: those that the model keeps lose theirs."
-    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
+    "A deep copy. PyTorch copies no results with their graph: those that the model keeps as attributes lose theirs."
+    values = (value for module in model.modules() for value in (*vars(module).values(), *module.buffers(recurse=False)))
+    kept = [value for value in values if isinstance(value, Tensor) and not value.is_leaf and not isinstance(value._base, nn.Parameter)]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept})
 
 def _redraw(module):
