@@ -22,7 +22,7 @@ OWNERS = {'albumentations': 'preprocessing', 'cv2': 'preprocessing', 'matplotlib
 TOP_LEVEL = set('''nbs eva_session9 settings.ini setup.py README.md pyproject.toml MANIFEST.in LICENSE CONTRIBUTING.md
     CHANGELOG.md SECURITY.md tests benchmarks results tools .ci .github .gitattributes .gitignore'''.split())
 DIRECTIVES = set('''default_exp export exports exporti exportd hide echo output eval exec_doc slow cuda
-    label fig-cap fig-alt warning code-fold filter_stream'''.split())
+    label fig-cap fig-alt warning code-fold code-summary filter_stream'''.split())
 BEFORE = 'bf51e36b3a7ac3821985a17926d0559e45fe4dc70c60d09a784227808eeb31e4'  # the weights of 15 epochs of the course's recipe
 COURSE = 'a10c4460b7f7aa4f38f66b6dee33bb69d4d27ac4609d5995477bcf63ac8e16d6'  # the weights of the course's recipe, which are not shipped
 EARLIER = {'feacd2b6a51db8857423e5893e173a9ffde7232cec3e15416f692b83604ff427',  # the weights of the fast recipe with SGD, at commit 0c1a9ee
