@@ -143,7 +143,8 @@ def question(args, recipes):
 def before(args, recipes):
     "The runs that the file holds already, if they answer the same question."
     if not (args.out and args.out.exists()): return {name: [] for name in recipes}
-    if asked(args) != question(args, recipes): raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
+    if asked(args) != question(args, recipes):
+        raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
     return json.loads(args.out.read_text())['trained']
 
 

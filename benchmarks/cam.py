@@ -232,7 +232,8 @@ def main():
     sections['EigenCAM'] = eigen(model, args.rounds, args.clock)
     show(sections['EigenCAM'])
     sha256 = ''
-    if shipped is None: print('bfloat16: skipped; set EVA9_CIFAR10 to the folder of the CIFAR-10 files (the shipped weights are needed, too)')
+    if shipped is None:
+        print('bfloat16: skipped; set EVA9_CIFAR10 to the folder of the CIFAR-10 files (the shipped weights are needed, too)')
     else:
         sections['bfloat16'], sha256 = bfloat16(*shipped, args.rounds, args.clock), shipped[0].card['sha256']
         show(sections['bfloat16'])

@@ -122,7 +122,8 @@ class Rows:
 
     def __init__(self, folder, key, low):
         self.seconds = 0.0  # that all rows took, whenever they were measured
-        self.folder, self.rows = folder / f"{key}-{SOME}-{STEPS}-{FRACTIONS}-{SIGMA}-{'bf16' if low else 'fp32'}-torch-{torch.__version__}", {}
+        self.folder, self.rows = folder / (f"{key}-{SOME}-{STEPS}-{FRACTIONS}-{SIGMA}-{'bf16' if low else 'fp32'}-"
+                                           f'torch-{torch.__version__}'), {}
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self, name, layer, work):
@@ -282,7 +283,8 @@ def study_time(n=8, rounds=3):
             start = time.perf_counter()
             cam(x).maps
             seconds.setdefault((name, layer), []).append(time.perf_counter() - start)
-    rows = [{'method': name, 'layer': layer, 'ms': round(1000 * statistics.median(taken) / n, 3)} for (name, layer), taken in seconds.items()]
+    rows = [{'method': name, 'layer': layer, 'ms': round(1000 * statistics.median(taken) / n, 3)}
+            for (name, layer), taken in seconds.items()]
     return {'rows': rows, 'seconds': round(sum(sum(taken) for taken in seconds.values()))}
 
 
@@ -297,8 +299,10 @@ def main():
     parser.add_argument('--shapes', type=int, default=500, help='number of drawn images (default 500)')
     parser.add_argument('--images', type=int, default=1000, help='CIFAR-10 test images, a multiple of 10 (default 1000)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
-    parser.add_argument('--work', type=Path, default=Path('eva9-cam-study'), help='folder for measured rows, to resume from (default eva9-cam-study)')
-    parser.add_argument('--out', type=Path, default=Path('results/cam_study.json'), help='.json file for the result (default results/cam_study.json)')
+    parser.add_argument('--work', type=Path, default=Path('eva9-cam-study'),
+                        help='folder for measured rows, to resume from (default eva9-cam-study)')
+    parser.add_argument('--out', type=Path, default=Path('results/cam_study.json'),
+                        help='.json file for the result (default results/cam_study.json)')
     parser.add_argument('--only', choices=('shapes', 'cifar10', 'cascade', 'time'), help='measure only this part')
     args = parser.parse_args()
     parts = {'shapes': (f'--shapes {args.shapes}', lambda: study_shapes(args.shapes, args.work)),

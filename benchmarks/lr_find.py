@@ -138,7 +138,8 @@ def main():
     parser.add_argument('--points', type=int, default=100, help='points per sweep, for cost (default 100)')
     parser.add_argument('--architecture', default='resnet18', help='for cost (default resnet18)')
     parser.add_argument('--batch-size', type=int, default=32, help='for cost (default 32)')
-    parser.add_argument('--size', type=int, default=8, help='image height and width in pixels, for cost (default 8; 32 takes ten times as long)')
+    parser.add_argument('--size', type=int, default=8,
+                        help='image height and width in pixels, for cost (default 8; 32 takes ten times as long)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files, for rules; without it, drawn shapes')
     args = parser.parse_args()
     start = time.perf_counter()

@@ -51,7 +51,8 @@ def compared(batch_size, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--batches', type=int, nargs='+', default=[32, 128, 512], help='batch sizes (default 32 128 512)')
-    parser.add_argument('--rounds', type=int, default=3, help='processes per setting and batch size, of which the median is reported (default 3)')
+    parser.add_argument('--rounds', type=int, default=3,
+                        help='processes per setting and batch size, of which the median is reported (default 3)')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file')
     parser.add_argument('--one', choices=('kept', 'given back'), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -59,7 +60,8 @@ def main():
     if args.one: return print(fastest_step(*args.batches))
     began = time.perf_counter()
     steps = [compared(batch_size, args.rounds) for batch_size in args.batches]
-    result = {'steps': steps, 'seconds': round(time.perf_counter() - began), 'hardware': hardware(pick_device('cpu')), 'versions': versions(),
+    result = {'steps': steps, 'seconds': round(time.perf_counter() - began), 'hardware': hardware(pick_device('cpu')),
+              'versions': versions(),
               'command': f"python benchmarks/memory.py --batches {' '.join(map(str, args.batches))} --rounds {args.rounds}"}
     print(json.dumps(result, indent=1))
     if args.out: write_atomically(args.out, (json.dumps(result, indent=1) + '\n').encode())

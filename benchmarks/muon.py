@@ -59,7 +59,8 @@ def compared(matrices, dtype, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--architecture', default='resnet18', choices=ARCHITECTURES, help='network whose convolution shapes are used (default resnet18)')
+    parser.add_argument('--architecture', default='resnet18', choices=ARCHITECTURES,
+                        help='network whose convolution shapes are used (default resnet18)')
     parser.add_argument('--rounds', type=int, default=9, help='timed calls of each, of which the median is reported (default 9)')
     parser.add_argument('--out', type=Path, help='also write the result to this .json file')
     args, start = parser.parse_args(), time.perf_counter()

@@ -68,18 +68,21 @@ def main():
     parser.add_argument('--methods', nargs='+', choices=quick, default=quick, metavar='METHOD', help=f"of {', '.join(quick)} (default all)")
     parser.add_argument('--images', type=int, default=500, help='CIFAR-10 test images, a multiple of 10 (default 500)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
-    parser.add_argument('--out', type=Path, default=Path('results/networks.json'), help='.json file for the result (default results/networks.json)')
+    parser.add_argument('--out', type=Path, default=Path('results/networks.json'),
+                        help='.json file for the result (default results/networks.json)')
     args = parser.parse_args()
     asked = {'images': args.images, 'methods': args.methods, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
     before = {'methods': quick, **json.loads(args.out.read_text())} if args.out.exists() else {**asked, 'networks': {}}
     if args.images < 10 or args.images % 10: raise SystemExit(f'--images: found {args.images}, expected a multiple of 10')
-    if {name: before.get(name) for name in asked} != asked: raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
+    if {name: before.get(name) for name in asked} != asked:
+        raise SystemExit(f'{args.out} holds a measurement with other settings or versions; choose another file')
     networks, images = before['networks'], stratified(cifar10(args.root)[1], args.images)
     for name in args.networks:
         model = loaded(name)
         if networks.get(name, {}).get('weights_sha256') != model.card['sha256']: networks[name] = measured(model, images, args.methods)
         result = {**asked, 'networks': networks, 'seconds': sum(network['seconds'] for network in networks.values()),
-                  'command': shlex.join(['python', 'benchmarks/networks.py', *networks, '--images', str(args.images), '--methods', *args.methods])}
+                  'command': shlex.join(['python', 'benchmarks/networks.py', *networks, '--images', str(args.images),
+                                         '--methods', *args.methods])}
         write_atomically(args.out, json.dumps(result, indent=1).encode() + b'\n')
     print(args.out)
 

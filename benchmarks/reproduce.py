@@ -112,7 +112,8 @@ def summary(values):
 
 def command(args, script='reproduce.py', **more):
     "The command line that repeats the measurement, without this machine's folders; `more` are flags of another script."
-    given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds, '--hold-out': args.hold_out, **more}
+    given = {'--data': args.data, '--limit': args.limit, '--config': args.config, '--seeds': args.seeds,
+             '--hold-out': args.hold_out, **more}
     words = [word for flag, value in given.items() if value for word in (flag, str(value))]
     return shlex.join(['python', f'benchmarks/{script}', *words, *(word for setting in args.set for word in ('--set', setting))])
 
@@ -137,7 +138,8 @@ def main():
     torch.backends.cudnn.benchmark = True  # of a GPU; otherwise without effect
     config = changed(_config(args.config), args.set)
     if args.seeds < 1: raise SystemExit(f'--seeds: found {args.seeds}, expected 1 or more')
-    if any(setting.startswith('seed=') for setting in args.set): raise SystemExit('--set seed: the seeds are 42, 43, ...; choose how many with --seeds')
+    if any(setting.startswith('seed=') for setting in args.set):
+        raise SystemExit('--set seed: the seeds are 42, 43, ...; choose how many with --seeds')
     sets = _sets(args.data, args.root, args.limit)
     if args.hold_out: sets = held_out(sets[0], args.hold_out)
     runs, waited = [], time.perf_counter() - START

@@ -53,7 +53,8 @@ def trained(config, batches):
 def measured(name, images, peak):
     "Times of one recipe."
     config = replace(_config(name), batched=True, compile=True, precision='bf16', sizes=())
-    if config.architecture != 'resnet18': raise SystemExit(f'{name}: found {config.architecture}, expected resnet18, whose operations are counted here')
+    if config.architecture != 'resnet18':
+        raise SystemExit(f'{name}: found {config.architecture}, expected resnet18, whose operations are counted here')
     batches = recipe_batches(config, images, images)[0]
     first, _ = seconds(lambda: trained(replace(config, epochs=1), batches))
     torch.cuda.reset_peak_memory_stats()

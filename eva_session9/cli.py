@@ -48,14 +48,16 @@ def _config(name, epochs=None, pretrained=False):
     from eva_session9.config import Config, config_from
     named = {'session9': Config.session9, 'fast': Config.fast, 'laptop': Config.laptop}
     if name in named: config = named[name]()
-    elif not name.endswith('.json'): raise ValueError(f"--config: found {name!r}, expected one of {', '.join(named)}, or a .json file of fields")
+    elif not name.endswith('.json'):
+        raise ValueError(f"--config: found {name!r}, expected one of {', '.join(named)}, or a .json file of fields")
     else:
         try: config = config_from(json.loads(Path(name).read_text()))
         except FileNotFoundError as error: raise ValueError(f'--config {name}: no such file') from error
         except (OSError, ValueError, TypeError, RecursionError) as error: raise ValueError(f'--config {name}: {error}') from error
     if pretrained: config = replace(config, pretrained=True)
     if epochs is None: return config
-    if 0 < epochs < len(config.sizes): warnings.warn(f'--epochs {epochs}: of the {len(config.sizes)} sizes of images, only the last {epochs} {"are" if epochs > 1 else "is"} used')
+    if 0 < epochs < len(config.sizes): warnings.warn(f'--epochs {epochs}: of the {len(config.sizes)} sizes of images, '
+                                                     f'only the last {epochs} {"are" if epochs > 1 else "is"} used')
     return replace(config, epochs=epochs, sizes=config.sizes[-epochs:])
 
 # %% ../nbs/11_cli.ipynb #069e30f7
@@ -109,7 +111,8 @@ def eva9_train(
         history = fit(model, train_batches, test_batches, recipe, out=out / 'checkpoints', resume=resume)
         if process: return  # only the first process writes
         evaluation = test(model, test_batches, history.precision)
-        history.command = _launcher(history.hardware) + _command('eva9_train', data, config, epochs=epochs, pretrained=pretrained, limit=limit)
+        history.command = _launcher(history.hardware) + _command('eva9_train', data, config, epochs=epochs,
+                                                                 pretrained=pretrained, limit=limit)
         tested = {'accuracy': evaluation.accuracy, 'tested_on': len(evaluation.labels)}
         history.weights_sha256 = _save_trained(model, sets[0], history, tested, out)['sha256']
         history.save(out / 'history.json')
@@ -132,7 +135,8 @@ def _launcher(hardware):
 def _command(name, data, config, **given):
     "The command line that repeats a run; a flag that is True has no value."
     given = {'data': data, 'config': config, **given}
-    flags = [[f'--{flag}'] if value is True else [f'--{flag}', str(value)] for flag, value in given.items() if value is not None and value is not False]
+    flags = [[f'--{flag}'] if value is True else [f'--{flag}', str(value)] for flag, value in given.items()
+             if value is not None and value is not False]
     return shlex.join([name, *(word for flag in flags for word in flag)])
 
 def _save_trained(model, images, history, tested, out):
@@ -194,12 +198,14 @@ def eva9_find_lr(
         model = recipe_model(recipe, len(sets[0].classes))
         curve = find_lr(model, recipe_batches(recipe, *sets)[0], recipe, start=start, end=end, steps=steps)
         if Path(config).absolute() != (out / 'recipe.json').absolute(): (out / 'recipe.json').unlink(missing_ok=True)  # of another sweep
-        record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, pretrained=pretrained, start=start, end=end, steps=steps, limit=limit)}
+        record = {**curve.to_dict(), 'command': _command('eva9_find_lr', data, config, pretrained=pretrained, start=start, end=end,
+                                                         steps=steps, limit=limit)}
         write_atomically(out / 'find_lr.json', json.dumps(record, indent=1).encode())
         _draw([('find_lr', plot_lr(curve))], out)
         write_atomically(out / 'recipe.json', json.dumps(asdict(curve.recipe), indent=1).encode())
         for name, lr in curve.suggestions.items(): print(f'{name:>12} {lr:.3g}')
-        if recipe.warmup: print('the recipe lowers the learning rate to zero, so rates up to three times the suggested one are worth trying')
+        if recipe.warmup:
+            print('the recipe lowers the learning rate to zero, so rates up to three times the suggested one are worth trying')
         again = _command('eva9_train', data, (out / 'recipe.json').as_posix(), root=root, limit=limit)
         print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
 
@@ -210,7 +216,8 @@ def eva9_explain(
     weights: str = None,                     # a model.safetensors that eva9_train wrote; the library's own model if not given
     method: str = 'GradCAM',                 # names in `gradcam.METHODS`, separated by commas, such as GradCAM,LayerCAM
     layers: str = 'layer2,layer3,layer4',    # names of layers, separated by commas
-    data: str = None,                        # in place of images: 'cifar10', 'shapes', or a folder with classes; explain mistakes on its test images
+    # in place of images: 'cifar10', 'shapes', or a folder with classes; explain mistakes on its test images
+    data: str = None,
     root: str = None,                        # folder of the CIFAR-10 files; your cache folder if not given
     limit: int = None,                       # with --data: use at most this many test images
     out: str = 'eva9-explain',               # folder for the figures and heatmaps.json
@@ -264,7 +271,8 @@ def _listed(names): return [name.strip() for name in names.split(',')]
 def _describe(names, heatmaps, classes):
     "An entry for each image, as plain data: its prediction, None if the logits are not finite, and its maps."
     probability, predicted = heatmaps.logits.softmax(1).max(1)
-    return [{'image': name, 'predicted': None if p.isnan() else classes[k], 'probability': _number(p, 4), 'layers': _describe_maps(heatmaps, i)}
+    return [{'image': name, 'predicted': None if p.isnan() else classes[k], 'probability': _number(p, 4),
+             'layers': _describe_maps(heatmaps, i)}
             for i, (name, p, k) in enumerate(zip(names, probability, predicted))]
 
 def _describe_maps(heatmaps, i):
@@ -333,7 +341,8 @@ def _evaluate(model, images):
     from eva_session9.engine import test
     from eva_session9.preprocessing import loader, test_transforms
     if list(images.classes) != model.card['classes']:
-        raise ValueError(f"--data: found classes {', '.join(images.classes)}, expected those of the model: {', '.join(model.card['classes'])}; "
+        raise ValueError(f"--data: found classes {', '.join(images.classes)}, "
+                         f"expected those of the model: {', '.join(model.card['classes'])}; "
                          'give other data, or with --weights a model trained on these')
     return test(model, loader(images, test_transforms(model.card['mean'], model.card['std']), 250, shuffle=False))
 
@@ -386,7 +395,8 @@ def eva9_panel(
             page = _write_page(Path(folder), data=data, root=root, weights=str(weights) if weights else None, limit=limit)
             options = {'ip': '127.0.0.1', 'port': port, 'port_retries': 0, 'open_browser': True, 'log_level': 'ERROR'}
             settings = {'websocket_max_message_size': 40 * 2**20,  # room for an image file
-                        'headers': {'Content-Security-Policy': "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"}}  # nothing from elsewhere
+                        # nothing from elsewhere
+                        'headers': {'Content-Security-Policy': "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"}}
             server.launch_instance([str(page), *(f'--Voila.{name}={value}' for name, value in options.items())],
                                    tornado_settings=settings)
 

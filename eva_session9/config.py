@@ -19,7 +19,9 @@ import torch
 # %% ../nbs/00_config.ipynb #3943eb63
 @dataclass(frozen=True)
 class Config:
-    "The recipe (hyperparameters) of a training run. Immutable; values out of range raise `ValueError`, values of the wrong type `TypeError`."
+    """The recipe (hyperparameters) of a training run.
+
+    Immutable; values out of range raise `ValueError`, values of the wrong type `TypeError`."""
     architecture: str = 'resnet18'  # name of a constructor in `models.resnet`
     epochs: int = 20                # passes over the training set
     batch_size: int = 32            # images per step
@@ -38,13 +40,15 @@ class Config:
 
     nesterov: bool = False          # use Nesterov momentum
     muon_lr: float = 0.0            # peak learning rate of Muon, for convolutions of more than three input channels; 0: SGD for all weights
-    warmup: float = 0.0             # fraction of the steps with linear warm-up, then linear decay to 0; 0: `step_size` and `gamma` apply instead
+    # fraction of the steps with linear warm-up, then linear decay to 0; 0: `step_size` and `gamma` apply instead
+    warmup: float = 0.0
     label_smoothing: float = 0.0    # fraction of the target spread evenly over all classes
     lookahead: int = 0              # steps between two updates of the slow weights of Lookahead; 0: no Lookahead
     zero_gamma: bool = False        # zero-initialise the last batch-norm scale of each residual block
     crop: int = 0                   # random crop after reflection padding by this many pixels a side; 0: no crop
     alternating_flip: bool = False  # flip each image in every second epoch; `flip_p` is ignored
-    sizes: tuple = ()               # progressive resizing: sides of the training images in pixels, in order, for equal parts of the run; (): none
+    # progressive resizing: sides of the training images in pixels, in order, for equal parts of the run; (): none
+    sizes: tuple = ()
     batched: bool = False           # augment whole batches on the device
     compile: bool = False           # on a GPU, use torch.compile and CUDA graphs
     pretrained: bool = False        # begin with the library's own weights, of a ResNet-18, in place of random ones
@@ -67,13 +71,16 @@ class Config:
 
     @classmethod
     def fast(cls) -> 'Config':
-        "A recipe for a GPU: 20 epochs with the techniques of published fast recipes. Most values are theirs; the notebook shows which were tuned."
+        """A recipe for a GPU: 20 epochs with the techniques of published fast recipes.
+
+        Most values are theirs; the notebook shows which were tuned."""
         return cls(batch_size=256, lr=0.25, nesterov=True, weight_decay=1e-3, warmup=0.2, label_smoothing=0.1, lookahead=5,
                    zero_gamma=True, rotate=0.0, cutout=0, crop=4, alternating_flip=True, muon_lr=0.08, batched=True, compile=True)
 
     @classmethod
     def laptop(cls) -> 'Config':
-        "A recipe for a CPU and images of 32 pixels: four epochs, all but the last on smaller images, without techniques that pay off only in longer runs."
+        ("A recipe for a CPU and images of 32 pixels: four epochs, all but the last on smaller images, "
+         "without techniques that pay off only in longer runs.")
         return replace(cls.fast(), epochs=4, muon_lr=0.16, sizes=(16, 24, 32), crop=2, lookahead=0, zero_gamma=False, compile=False)
 
     def size(self, epoch: int # 0, 1, 2, ...
@@ -113,13 +120,15 @@ def _check_together(config):
     if config.nesterov and not config.momentum:
         raise ValueError('Config.nesterov: found momentum 0, expected more than 0; raise momentum or set nesterov=False')
     if config.pretrained and config.architecture != 'resnet18':
-        raise ValueError(f"Config.pretrained: found architecture {config.architecture!r}, expected 'resnet18', that of the library's own model")
+        raise ValueError(f"Config.pretrained: found architecture {config.architecture!r}, expected 'resnet18', "
+                         "that of the library's own model")
 
 # %% ../nbs/00_config.ipynb #54b88bd3
 def config_from(values: dict # field name -> value, as `dataclasses.asdict` gives them
                ) -> Config:
     "The `Config` with these values. An unknown name raises `ValueError` with the closest field, anything but a dictionary `TypeError`."
-    if not isinstance(values, dict): raise TypeError(f'found {type(values).__name__}, expected an object (a dictionary) of field names and values')
+    if not isinstance(values, dict):
+        raise TypeError(f'found {type(values).__name__}, expected an object (a dictionary) of field names and values')
     names = [f.name for f in fields(Config)]
     for name in values:
         if name in names: continue

@@ -44,7 +44,8 @@ class ImageSet:
 
     def __repr__(self):
         height, width = self.images.shape[1:3]
-        return f'ImageSet of {len(self):,} image{"s" * (len(self) != 1)} of {height} x {width} pixels, {len(self.classes)} class{"es" * (len(self.classes) != 1)}'
+        return (f'ImageSet of {len(self):,} image{"s" * (len(self) != 1)} of {height} x {width} pixels, '
+                f'{len(self.classes)} class{"es" * (len(self.classes) != 1)}')
 
     def subset(self, indices # anything that indexes a NumPy array
               ) -> 'ImageSet':
@@ -76,10 +77,12 @@ def _check_set(s):
     for name, found in arrays.items():
         if not isinstance(found, np.ndarray): raise ValueError(f'ImageSet: {name}: found {type(found).__name__}, expected a NumPy array')
     def wrong(name, expected): return ValueError(f'ImageSet: {name}: found {arrays[name].dtype} {arrays[name].shape}, expected {expected}')
-    if s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3: raise wrong('images', 'uint8 (N, H, W, 3); give gray images three channels with np.repeat(gray[..., None], 3, -1)')
+    if s.images.dtype != np.uint8 or s.images.ndim != 4 or s.images.shape[-1] != 3:
+        raise wrong('images', 'uint8 (N, H, W, 3); give gray images three channels with np.repeat(gray[..., None], 3, -1)')
     if s.labels.dtype != np.int64 or s.labels.shape != s.images.shape[:1]: raise wrong('labels', f'int64 ({len(s.images)},)')
     if not len(s): raise ValueError('ImageSet: the set is empty; expected at least one image')
-    if s.masks is not None and (s.masks.dtype != bool or s.masks.shape != s.images.shape[:3]): raise wrong('masks', f'bool {s.images.shape[:3]}')
+    if s.masks is not None and (s.masks.dtype != bool or s.masks.shape != s.images.shape[:3]):
+        raise wrong('masks', f'bool {s.images.shape[:3]}')
     if s.labels.min() < 0 or s.labels.max() >= len(s.classes):
         raise ValueError(f'ImageSet: labels: found {s.labels.min()} to {s.labels.max()}, '
                          f'expected 0 to {len(s.classes) - 1} (number of classes: {len(s.classes)})')
@@ -107,10 +110,11 @@ MAX_PIXELS = 16_000_000  # of an image, known before it is decoded
 # %% ../nbs/01_data.ipynb #9f6d2d57
 def read_image(file: str | Path | BinaryIO # a path, or a file open for reading bytes
               ) -> np.ndarray: # uint8 (H, W, 3), RGB
-    """A PNG, JPEG or WebP image of any mode, as RGB. Another format, a damaged file, or one above `MAX_BYTES` or `MAX_PIXELS` raises `ValueError`.
+    """A PNG, JPEG or WebP image of any mode, as RGB.
 
-    The EXIF orientation is applied. Gray is repeated, 16-bit gray keeps its upper eight bits, transparency is composited
-    on white (a single transparent colour only in files of 8 bits, and of 16 in gray), palettes and CMYK are converted without colour profiles, and an animation gives its first frame."""
+    Another format, a damaged file, or one above `MAX_BYTES` or `MAX_PIXELS` raises `ValueError`. The EXIF orientation is applied. Gray is
+    repeated, 16-bit gray keeps its upper eight bits, transparency is composited on white (a single transparent colour only in files of 8
+    bits, and of 16 in gray), palettes and CMYK are converted without colour profiles, and an animation gives its first frame."""
     data, name = _read_bytes(file)
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
@@ -164,7 +168,8 @@ def fit_square(image: np.ndarray, # uint8 (H, W, 3)
     "The largest centred square of `image`, resized with antialiasing (bicubic)."
     height, width = image.shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2  # whole pixels: half of one would blur what needs no resizing; and nothing outside the square counts
+    # whole pixels: half of one would blur what needs no resizing; and nothing outside the square counts
+    top, left = (height - side) // 2, (width - side) // 2
     return np.array(Image.fromarray(image[top:top + side, left:left + side]).resize((size, size), Image.Resampling.BICUBIC))
 
 # %% ../nbs/01_data.ipynb #24b64b13
@@ -175,9 +180,10 @@ def image_folder(path: str | Path, # folder with `train` and `test`, each with o
     """Images from one folder per class, cropped to centred squares. Without `train` and `test`, a fifth of each class becomes the test set.
 
     Files that are not images, empty classes, links to nothing and classes in only one of `train` and `test` raise `ValueError`,
-    which names them; other folders beside `train` and `test` give a warning. Files and folders whose names begin with a dot are skipped, and so are
-    Thumbs.db and desktop.ini of Windows."""
-    if not isinstance(size, Integral) or size < 1: raise ValueError(f'size: found {size!r}, expected a whole number of pixels a side, 1 or more')
+    which names them; other folders beside `train` and `test` give a warning. Files and folders whose names begin with a dot are skipped,
+    and so are Thumbs.db and desktop.ini of Windows."""
+    if not isinstance(size, Integral) or size < 1:
+        raise ValueError(f'size: found {size!r}, expected a whole number of pixels a side, 1 or more')
     train, test = _parts(Path(os.path.expanduser(path)), seed)
     lone = sorted(train.keys() ^ test.keys())
     if lone: raise ValueError(f'{path}: found {lone} in only one of train and test, expected the same classes in both; '
@@ -212,8 +218,10 @@ def _class_files(folder):
 
 def _is_class(path):
     "Whether the path is a class folder; raises for a link to nothing and for a name that no figure could show."
-    if path.is_symlink() and not path.exists(): raise ValueError(f'{path}: is a link to nothing, expected a folder of images; mend or remove it')
-    if path.is_dir() and any(unicodedata.category(c) in ('Cc', 'Cs') for c in path.name): raise ValueError(f'{str(path)!r}: found a class folder whose name cannot be shown; rename it')
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f'{path}: is a link to nothing, expected a folder of images; mend or remove it')
+    if path.is_dir() and any(unicodedata.category(c) in ('Cc', 'Cs') for c in path.name):
+        raise ValueError(f'{str(path)!r}: found a class folder whose name cannot be shown; rename it')
     return path.is_dir()
 
 def _visible(folder):
@@ -221,9 +229,11 @@ def _visible(folder):
     return sorted(p for p in folder.iterdir() if p.name[0] != '.' and p.name not in ('Thumbs.db', 'desktop.ini'))
 
 def _split(files, seed):
-    "Four fifths and one fifth of each class, at least one image in either; drawn by name, so that when a file is added, at most one other of its class changes sides."
+    ("Four fifths and one fifth of each class, at least one image in either; "
+     "drawn by name, so that when a file is added, at most one other of its class changes sides.")
     few = [name for name in files if len(files[name]) < 2]
-    if few: raise ValueError(f'found only one image of {few}, expected two or more, at least one to train on and one to test on; add images')
+    if few:
+        raise ValueError(f'found only one image of {few}, expected two or more, at least one to train on and one to test on; add images')
     train, test = {}, {}
     for name in files:
         drawn = sorted(files[name], key=lambda file: hashlib.sha256(f'{seed}/{name}/{file.name}'.encode(errors='surrogateescape')).digest())

@@ -52,8 +52,12 @@ def train_step(model: nn.Module,                 # in train mode
                precision: str = 'fp32',          # 'fp32' or 'bf16'
                label_smoothing: float = 0.0      # fraction of the target spread evenly over all classes
               ) -> tuple[Tensor, Tensor]:        # mean loss, and logits (B, K) before the step
-    "Forward, cross-entropy, backward, step. A loss that is not finite raises `FloatingPointError` before the weights change, a label out of range `ValueError` (on a GPU, CUDA's own error), LBFGS `TypeError`."
-    if isinstance(optimizer, torch.optim.LBFGS): raise TypeError('optimizer: found LBFGS, expected one that needs no closure, such as torch.optim.SGD; for LBFGS pass `train` a step of your own')
+    """Forward, cross-entropy, backward, step.
+
+    A loss that is not finite raises `FloatingPointError` before the weights change, a label out of range `ValueError` (on a GPU, CUDA's own
+    error), LBFGS `TypeError`."""
+    if isinstance(optimizer, torch.optim.LBFGS): raise TypeError('optimizer: found LBFGS, expected one that needs no closure, '
+                                                                 'such as torch.optim.SGD; for LBFGS pass `train` a step of your own')
     logits = forward(model, x, precision)
     loss = _cross_entropy(logits, y, label_smoothing)
     total = _total(loss, model)
@@ -74,7 +78,8 @@ def _cross_entropy(logits, y, label_smoothing):
 def _check_labels(labels, k):
     "Raise unless the labels are among 0 to K - 1."
     least, most = labels.min().item(), labels.max().item()
-    if least < 0 or most >= k: raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} output{"s" * (k != 1)}')
+    if least < 0 or most >= k:
+        raise ValueError(f'labels: found {least} to {most}, expected 0 to {k - 1}, as the model has {k} output{"s" * (k != 1)}')
 
 def _total(loss, model):
     "The loss; under DistributedDataParallel the sum over all processes, so that a loss that is not finite in one stops them all."
@@ -100,7 +105,9 @@ def forward(model: nn.Module, # any classifier
             x: Tensor,        # images, float (B, 3, H, W)
             precision: str    # 'fp32' or 'bf16'
            ) -> Tensor:       # logits, float32 (B, K)
-    "The model's logits; 'bf16' means bfloat16 autocast and channels-last input. Another precision, or an output that is not (B, K), raises `ValueError`."
+    """The model's logits; 'bf16' means bfloat16 autocast and channels-last input.
+
+    Another precision, or an output that is not (B, K), raises `ValueError`."""
     if precision not in ('fp32', 'bf16'):
         raise ValueError(f"precision: found {precision!r}, expected 'fp32' or 'bf16'; after `fit`, pass `history.precision`")
     if precision == 'bf16' and x.ndim == 4: x = x.contiguous(memory_format=torch.channels_last)
@@ -124,8 +131,9 @@ def train(model: nn.Module,                 # on its device; put into train mode
          ) -> Scores:
     """Train for one pass over `batches`. Inside `distributed`, all processes must call it.
 
-    Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, `TypeError` for one of another form, and
-    `ValueError` for a label out of range. Warns of a second pass of a model over the same shuffled epoch, and of fewer batches than their length."""
+    Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, `TypeError` for one of another
+    form, and `ValueError` for a label out of range. Warns of a second pass of a model over the same shuffled epoch, and of fewer batches
+    than their length."""
     device = _device(model)
     _warn_of_repetition(model, batches)
     _train_mode(model)
@@ -149,7 +157,9 @@ def train(model: nn.Module,                 # on its device; put into train mode
 _NO_BATCHES = 'there are no batches to {} on; the set is empty, smaller than one batch with drop_last, or its batches can be read only once'
 
 def _one_pass(batches, label):
-    "One pass over the batches, with a progress bar. It gets an iterator, since `tqdm.auto` calls `iter` twice, which would start the loader's workers twice."
+    """One pass over the batches, with a progress bar.
+
+    It gets an iterator, since `tqdm.auto` calls `iter` twice, which would start the loader's workers twice."""
     return _progress(iter(batches), label, length_hint(batches) or None, leave=False)
 
 def _progress(*arguments, **options):
@@ -204,7 +214,8 @@ def _warn_of_repetition(model, batches):
 def _warn_of_missing(batches, found):
     "Warn if a pass had fewer batches than their length, which a schedule may be made for."
     expected = 0 if isinstance(batches, Iterator) else length_hint(batches)
-    if found < expected: warnings.warn(f'batches: found {found} in this pass, expected {expected}, their length; a schedule by steps would not reach its end; correct their __len__')
+    if found < expected: warnings.warn(f'batches: found {found} in this pass, expected {expected}, their length; '
+                                       'a schedule by steps would not reach its end; correct their __len__')
 
 def _device(model):
     "The device of the model; the CPU if it has no parameters."
@@ -223,12 +234,15 @@ def _too_large(device, batch_size):
 # %% ../nbs/06_engine.ipynb #1fae09bc
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    "A model's logits for a set and the true labels; accuracy, mistakes and confusion matrix follow from them. Labels out of range, or not one per image, raise `ValueError`."
+    """A model's logits for a set and the true labels; accuracy, mistakes and confusion matrix follow from them.
+
+    Labels out of range, or not one per image, raise `ValueError`."""
     logits: Tensor # float32 (N, K), on the CPU
     labels: Tensor # int64 (N,), on the CPU
 
     def __post_init__(self):
-        if len(self.labels) != len(self.logits): raise ValueError(f'labels: found {len(self.labels)} for the logits of {len(self.logits)} images, expected one each')
+        if len(self.labels) != len(self.logits):
+            raise ValueError(f'labels: found {len(self.labels)} for the logits of {len(self.logits)} images, expected one each')
         if len(self.labels): _check_labels(self.labels, self.logits.shape[1])
 
     def __repr__(self): return f'Evaluation of {len(self.labels):,} images: accuracy {self.accuracy:.2%}, loss {self.loss:.3f}'
@@ -256,7 +270,9 @@ class Evaluation:
         return wrong[self.confidence[wrong].nan_to_num(-1).argsort(descending=True, stable=True)]
     @property
     def confusion(self) -> Tensor:
-        "The confusion matrix, int64 (K, K): rows are true classes, columns predicted classes. Images whose logits are not finite are left out."
+        """The confusion matrix, int64 (K, K): rows are true classes, columns predicted classes.
+
+        Images whose logits are not finite are left out."""
         k, finite = self.logits.shape[1], self.logits.isfinite().all(1)
         return torch.bincount((self.labels * k + self.predictions)[finite], minlength=k * k).view(k, k)
     @property
@@ -276,7 +292,10 @@ def test(model: nn.Module,        # on its device; its train flags are restored
          batches: Iterable,       # of (x, y), in the order of the set
          precision: str = 'fp32'  # 'fp32' or 'bf16'
         ) -> Evaluation:
-    "The model's logits for every image, in eval mode, without gradients. A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`; logits that are not finite, and probabilities in place of logits, give a warning."
+    """The model's logits for every image, in eval mode, without gradients.
+
+    A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`; logits that are not finite, and probabilities in
+    place of logits, give a warning."""
     device, flags = _device(model), {m: m.training for m in model.modules()}
     logits, labels = [], []
     try:
@@ -323,7 +342,9 @@ def faster_precision(model: nn.Module, # on its device; not changed
     return min(fastest, key=fastest.get)
 
 def _copied(model, *others):
-    "A deep copy, and with it of others that refer to its weights. PyTorch copies no results with their graph: those that the model keeps as attributes lose theirs."
+    """A deep copy, and with it of others that refer to its weights.
+
+    PyTorch copies no results with their graph: those that the model keeps as attributes lose theirs."""
     values = (value for module in model.modules() for value in (*vars(module).values(), *module.buffers(recurse=False)))
     kept = [value for value in values if isinstance(value, Tensor) and not value.is_leaf and not isinstance(value._base, nn.Parameter)]
     copies = copy.deepcopy((model, *others), {id(value): value.detach().clone() for value in kept})
@@ -343,7 +364,8 @@ class History:
     config: Config
     hardware: str
     versions: dict
-    epochs: list[dict] = field(default_factory=list) # epoch, lr (at its start), train_loss (label-smoothed), train_accuracy, test_loss, test_accuracy, seconds
+    # epoch, lr (at its start), train_loss (label-smoothed), train_accuracy, test_loss, test_accuracy, seconds
+    epochs: list[dict] = field(default_factory=list)
     precision: str = ''      # the precision that `config.precision` resolved to
     command: str = ''        # command line that reproduces the run
     weights_sha256: str = '' # SHA-256 of the saved weights file
@@ -449,12 +471,15 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
        ) -> History:
     """Train a model by a recipe. A resumed run ends with the same weights as an uninterrupted one. The model is left in train mode.
 
-    Batch normalisation whose parameters are frozen is kept in eval mode. The weights are the same on the same machine (on a GPU, with `torch.backends.cudnn.deterministic` set and without `compile`)
-    and for batches that depend only on `set_epoch`, PyTorch's global generators, and those of a DataLoader and its sampler (not on those of persistent workers). Raises `FloatingPointError` for a loss or weights that are
-    not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless `resume`
-    is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more of them than
-    their length, frozen models, in several processes also parameters that the output does not depend on, labels out of range, and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a folder
-    that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call it alike."""
+    Batch normalisation whose parameters are frozen is kept in eval mode. The weights are the same on the same machine (on a GPU, with
+    `torch.backends.cudnn.deterministic` set and without `compile`) and for batches that depend only on `set_epoch`, PyTorch's global
+    generators, and those of a DataLoader and its sampler (not on those of persistent workers). Raises `FloatingPointError` for a loss or
+    weights that are not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless
+    `resume` is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more
+    of them than their length, frozen models, in several processes also parameters that the output does not depend on, labels out of range,
+    and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a
+    folder that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call
+    it alike."""
     _check_arguments(model, train_batches, test_batches, config, out, resume)
     device = pick_device(device)
     _move(model, device, train_batches, test_batches)
@@ -529,12 +554,14 @@ def _check_finite(model, when):
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
 def _step(one_step, parts, config, steps, size):
-    "A training step by the recipe, with images of `size` pixels a side, for an epoch of at most `steps` steps if anything depends on their number."
+    ("A training step by the recipe, with images of `size` pixels a side, "
+     "for an epoch of at most `steps` steps if anything depends on their number.")
     taken = count(1)
     def step(model, x, y, optimizer, precision='fp32'):
         number = next(taken)
         if number > steps and (config.warmup or config.lookahead):
-            raise ValueError(f'training batches: found more in an epoch than their length, {steps}, which the schedule is made for; correct their __len__')
+            raise ValueError(f'training batches: found more in an epoch than their length, {steps}, which the schedule is made for; '
+                             'correct their __len__')
         result = one_step(model, _resized(x, size), y, optimizer, precision, config.label_smoothing)
         if number == 1: _check_gradients(model)
         if config.warmup: parts['schedule'].step()
@@ -546,18 +573,21 @@ def _check_gradients(model):
     "Raise for parameters that got no gradient, for which DistributedDataParallel would wait in the next step."
     if not isinstance(model, DistributedDataParallel): return
     unused = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
-    if unused: raise ValueError(f'the model: the output does not depend on {", ".join(unused[:5])}, expected on all that several processes train; '
-                                'freeze such parameters with requires_grad_(False), or train in one process')
+    if unused:
+        raise ValueError(f'the model: the output does not depend on {", ".join(unused[:5])}, expected on all that several processes train; '
+                         'freeze such parameters with requires_grad_(False), or train in one process')
 
 def _resized(x, size):
     "The images at `size` pixels a side, antialiased; None: as they are."
     if size is None or x.shape[2:] == (size, size): return x
     if x.ndim != 4: raise ValueError(f'images: found {tuple(x.shape)}, expected (B, 3, H, W), as the recipe has sizes')
-    if x.shape[2] != x.shape[3]: raise ValueError(f'images: found {x.shape[2]} x {x.shape[3]} pixels, expected square ones, as the recipe has sizes; crop them')
+    if x.shape[2] != x.shape[3]:
+        raise ValueError(f'images: found {x.shape[2]} x {x.shape[3]} pixels, expected square ones, as the recipe has sizes; crop them')
     return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
 def _accelerated(model, config, device):
-    "The network and the step to train it with: wrapped for several processes, or on a GPU, if the recipe says `compile`, compiled and recorded."
+    ("The network and the step to train it with: "
+     "wrapped for several processes, or on a GPU, if the recipe says `compile`, compiled and recorded.")
     if _world_size() > 1: return DistributedDataParallel(model), train_step
     if not config.compile or device.type != 'cuda': return model, train_step
     if find_spec('triton'): return torch.compile(model, dynamic=False), RecordedStep()
@@ -639,7 +669,8 @@ def _machine(device):
 # %% ../nbs/06_engine.ipynb #41038d4e
 def _check_arguments(model, train_batches, test_batches, config, out, resume):
     "Raise for arguments that cannot be trained with."
-    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); with an optimizer of your own, write the loop with `train` and `test`')
+    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); '
+                                                       'with an optimizer of your own, write the loop with `train` and `test`')
     _check_trainable(model)
     _check_batches(train_batches, config)
     _check_recipe(train_batches, config)
@@ -650,7 +681,8 @@ def _check_arguments(model, train_batches, test_batches, config, out, resume):
 def _check_trainable(model):
     "Raise for a model whose parameters are all frozen."
     if any(p.requires_grad for p in model.parameters()): return
-    raise ValueError('the model: found no parameter that requires a gradient, expected at least one; unfreeze what is to be trained with requires_grad_()')
+    raise ValueError('the model: found no parameter that requires a gradient, expected at least one; '
+                     'unfreeze what is to be trained with requires_grad_()')
 
 def _check_batches(batches, config):
     "Raise for what cannot be trained on epoch after epoch."
@@ -694,7 +726,9 @@ def _check_classes(model, batches):
     if n > k: raise ValueError(f'the set has {n} classes, the model has outputs for {k}; make it with num_classes={n}')
 
 def _dry_run(model, batches, precision):
-    "Test on the first batch, so that a wrong one is found before the first epoch, not after it. The global generators are restored, not one of the loader's own."
+    """Test on the first batch, so that a wrong one is found before the first epoch, not after it.
+
+    The global generators are restored, not one of the loader's own."""
     before = rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # its warnings come after the first epoch
@@ -720,14 +754,16 @@ def _acquire(lock, out):
     _check_writable(out)
     try: lock.acquire()
     except Timeout:
-        raise FileExistsError(f'{out}: another process trains in this folder (it holds {lock.lock_file}); wait for it, or choose another folder') from None
+        raise FileExistsError(f'{out}: another process trains in this folder (it holds {lock.lock_file}); '
+                              'wait for it, or choose another folder') from None
     except (NotImplementedError, OSError): pass
 
 def _check_writable(out):
     "Find out before the first epoch, not after it, whether a checkpoint can be written."
     probe = out / f'.probe-{os.getpid()}'
     try: write_atomically(probe, b'')
-    except CheckpointError as error: raise CheckpointError(f'{out}: could not write to this folder ({error.__cause__}); choose another, or free some space') from error
+    except CheckpointError as error:
+        raise CheckpointError(f'{out}: could not write to this folder ({error.__cause__}); choose another, or free some space') from error
     probe.unlink()
 
 # %% ../nbs/06_engine.ipynb #131ff0f5
@@ -765,15 +801,16 @@ def _read_run(out):
         if missing: raise ValueError(f"it lacks {', '.join(missing)}")
         return History.from_dict(state['history']), state
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f'{out}: the newest checkpoint cannot be resumed by this version ({type(error).__name__}: {error}); resume it with '
-                              'the version that wrote it, or choose another folder') from error
+        raise CheckpointError(f'{out}: the newest checkpoint cannot be resumed by this version ({type(error).__name__}: {error}); '
+                              'resume it with the version that wrote it, or choose another folder') from error
 
 def _same_run(history, config, state, batches, out):
     "Raise unless the run to be resumed has the same recipe and data."
     before, now = asdict(history.config), asdict(config)
     changed = [f'{name} was {before[name]!r}, is {now[name]!r}' for name in now if before[name] != now[name]]
     was = state['data']
-    changed += ['{} were {}, are {}'.format(name, *_differing(was[name], here)) for name, here in _data(batches).items() if was.get(name, here) != here]
+    changed += ['{} were {}, are {}'.format(name, *_differing(was[name], here)) for name, here in _data(batches).items()
+                if was.get(name, here) != here]
     if not changed: return
     start = ', or start again without resume, as no epoch is finished' * (not history.epochs)
     raise ValueError(f"{out} holds another run: {'; '.join(changed)}. Choose another folder, or use the earlier values{start}")
@@ -801,7 +838,8 @@ def _restore(parts, batches, state, out):
     set_rng_state(state['rng'])
     own, then = _generators(batches), state.get('generators')  # which older checkpoints lack
     if then is None: return
-    if len(own) != len(then): warnings.warn(f'generators of the batches: begun with {len(then)}, resumed with {len(own)}; their order may differ from that of an uninterrupted run')
+    if len(own) != len(then): warnings.warn(f'generators of the batches: begun with {len(then)}, resumed with {len(own)}; '
+                                            'their order may differ from that of an uninterrupted run')
     for generator, at in zip(own, then): generator.set_state(at)
 
 def _state(parts, batches, history):

@@ -27,7 +27,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
-from .engine import _FROM_THE_START, _check_classes, _check_recipe, _check_trainable, _checked_pair, _copied, _resized, _resolve_precision, _too_large, _train_mode, prepare, train_step
+from .engine import (
+    _FROM_THE_START, _check_classes, _check_recipe, _check_trainable, _checked_pair, _copied, _resized,
+    _resolve_precision, _too_large, _train_mode, prepare, train_step)
 from .optim import make_optimizer, zero_gamma
 from .save_load import write_atomically
 
@@ -61,8 +63,10 @@ class LRCurve:
         self.lrs, self.losses = ([float(value) for value in values] for values in (self.lrs, self.losses))
         if len(self.lrs) != len(self.losses):
             raise ValueError(f'LRCurve: found {len(self.lrs)} learning rates and {len(self.losses)} losses, expected equally many')
-        if not all(map(math.isfinite, self.losses)): raise ValueError('LRCurve: found a loss that is not finite, expected a curve that ends before it')
-        if not _even(self.lrs): raise ValueError('LRCurve: found other learning rates, expected ascending ones, evenly spaced on a log scale')
+        if not all(map(math.isfinite, self.losses)):
+            raise ValueError('LRCurve: found a loss that is not finite, expected a curve that ends before it')
+        if not _even(self.lrs):
+            raise ValueError('LRCurve: found other learning rates, expected ascending ones, evenly spaced on a log scale')
 
 def _even(lrs):
     "Whether the rates are ascending, and about evenly spaced on a log scale."
@@ -89,14 +93,17 @@ def _fitted(curve):
 def _unreadable(curve):
     "Why no learning rate can be read from the curve; empty where one can."
     if len(curve.lrs) < _FEWEST:
-        return f'only {len(curve.lrs)} point{"s" * (len(curve.lrs) != 1)} ({curve.stopped}), expected {_FEWEST} or more: raise `steps`, or lower `start`'
+        return (f'only {len(curve.lrs)} point{"s" * (len(curve.lrs) != 1)} ({curve.stopped}), '
+                f'expected {_FEWEST} or more: raise `steps`, or lower `start`')
     if (span := curve.lrs[-1] / curve.lrs[0]) < 10:
-        return f'the learning rate rises by a factor of {span:.2g}, expected 10 or more: lower `start`' + ', or raise `end`' * (curve.stopped == 'finished')
+        return (f'the learning rate rises by a factor of {span:.2g}, expected 10 or more: lower `start`'
+                + ', or raise `end`' * (curve.stopped == 'finished'))
     smooth, _, error, inner = _fitted(curve)
     low = inner[smooth[inner].argmin()]
     fall = smooth[:low + 1].max() - smooth[low]
     if fall > _CLEAR * error: return ''
-    return f'the loss falls by {fall:.2g}, which noise alone could explain: raise `steps` or the batch size, unless the network has already learned these images'
+    return (f'the loss falls by {fall:.2g}, which noise alone could explain: raise `steps` or the batch size, '
+            'unless the network has already learned these images')
 
 # %% ../nbs/07_lr_finder.ipynb #ee0b6550
 @patch(as_prop=True)
@@ -126,7 +133,10 @@ def lr(self: LRCurve) -> float:
 
 @patch(as_prop=True)
 def recipe(self: LRCurve) -> Config:
-    "The recipe of the sweep at the recommended rate, `lr`, with Muon's rate in proportion, as they were swept; for another optimizer take `lr` alone. Raises `ValueError` as `lr` does."
+    ("The recipe of the sweep at the recommended rate, `lr`, with Muon's rate in proportion, as they were swept; "
+     """for another optimizer take `lr` alone.
+
+    Raises `ValueError` as `lr` does.""")
     if self.config is None: raise ValueError('the curve has no recipe; make it by `find_lr`')
     return replace(self.config, lr=self.lr, muon_lr=self.config.muon_lr * self.lr / self.config.lr)
 
@@ -139,7 +149,8 @@ def caveats(self: LRCurve) -> list[str]:
     if len(self.lrs) < 3 * _FEWEST: found.append(f'{len(self.lrs)} points are few, {3 * _FEWEST} or more are better: raise `steps`')
     smooth, _, _, inner = _fitted(self)
     if smooth[inner].argmin() == len(inner) - 1:
-        advice = 'raise `end`' if self.stopped == 'finished' else f'the sweep ended there ({self.stopped}); raise `steps` to see the minimum'
+        advice = ('raise `end`' if self.stopped == 'finished'
+                  else f'the sweep ended there ({self.stopped}); raise `steps` to see the minimum')
         found.append(f'the loss still falls at the end of the range, {self.lrs[-1]:.2g}: {advice}')
     if (spread := max(values) / min(values)) > 10:
         listed = ', '.join(f'{name} {lr:.2g}' for name, lr in self.suggestions.items())
@@ -170,7 +181,8 @@ def load(cls: LRCurve, path: str | Path # that `save` wrote
         ) -> LRCurve:
     "The curve in a file. Another file raises `ValueError`."
     try: return cls.from_dict(json.loads(Path(path).read_text()))
-    except (KeyError, TypeError, ValueError) as error: raise ValueError(f'{path}: is not a curve that `LRCurve.save` wrote ({error!r})') from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: is not a curve that `LRCurve.save` wrote ({error!r})') from error
 
 # %% ../nbs/07_lr_finder.ipynb #c95b1cb5
 def _copies(model, optimizer, config, device):
@@ -238,7 +250,9 @@ def _diverged(losses):
 
 # %% ../nbs/07_lr_finder.ipynb #94f01dc6
 def _sweep(curve, model, optimizer, batches, lrs, device, step):
-    "Train a step at each of `lrs`, by the curve's recipe, and add it to the curve; parameter groups keep their ratios to the first. Returns why it stopped."
+    """Train a step at each of `lrs`, by the curve's recipe, and add it to the curve; parameter groups keep their ratios to the first.
+
+    Returns why it stopped."""
     base = [float(group.get('initial_lr', group['lr'])) for group in optimizer.param_groups]
     if base[0] == 0: raise ValueError('the first parameter group has learning rate 0, so there is no ratio to it; put another group first')
     for lr, batch in zip(tqdm(lrs, 'find_lr', leave=False), batches):
@@ -248,7 +262,8 @@ def _sweep(curve, model, optimizer, batches, lrs, device, step):
         try: loss = _finite(float(step(model, x, y, optimizer, curve.precision)[0]))
         except FloatingPointError as error:
             if not x.isfinite().all():
-                raise FloatingPointError(f'step {len(curve.lrs)}: found images that are not finite; check them, the learning rate is not the cause') from error
+                raise FloatingPointError(f'step {len(curve.lrs)}: found images that are not finite; '
+                                         'check them, the learning rate is not the cause') from error
             if curve.lrs: return 'not finite'
             raise FloatingPointError(_FROM_THE_START) from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
@@ -273,11 +288,12 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
             device: str = 'auto',               # as `pick_device` takes it
             step: Callable | None = None        # what to do with a batch, as `train` takes it; None: a step with the recipe's loss
            ) -> LRCurve:
-    """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates. Has no side effects.
+    """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates.
 
-    Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises `FloatingPointError`.
-    Frozen models, batches that can be read only once or are of another recipe, labels out of range, and sets with more classes than the model has outputs raise `ValueError`, batches too large
-    for a GPU `MemoryError`, a config or batches of the wrong type `TypeError`. Each of the curve's `caveats` is issued as a warning."""
+    Has no side effects. Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises
+    `FloatingPointError`. Frozen models, batches that can be read only once or are of another recipe, labels out of range, and sets with
+    more classes than the model has outputs raise `ValueError`, batches too large for a GPU `MemoryError`, a config or batches of the wrong
+    type `TypeError`. Each of the curve's `caveats` is issued as a warning."""
     _check(batches, config, start, end, steps)
     if optimizer is None: _check_recipe(batches, config)
     _check_trainable(model)
@@ -298,7 +314,8 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
 # %% ../nbs/07_lr_finder.ipynb #6d6b061e
 def _check(batches, config, start, end, steps):
     "Raise for arguments that no sweep can be made with."
-    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); an optimizer is passed as optimizer=')
+    if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); '
+                                                       'an optimizer is passed as optimizer=')
     if not isinstance(batches, Iterable): raise TypeError(f'batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
     if isinstance(batches, Iterator):
         raise ValueError(f'batches: found a {type(batches).__name__}, which can be read only once; pass a list or a loader')

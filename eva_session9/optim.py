@@ -22,8 +22,11 @@ def make_optimizer(model: nn.Module, # its parameters are optimised
                    config: Config,   # lr, momentum, weight_decay, nesterov, muon_lr; warmup, or step_size and gamma
                    steps: int | None = None # steps per epoch; needed with `warmup`
                   ) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LRScheduler]:
-    "The recipe's optimizer and learning-rate schedule. Step the schedule once per epoch, or with `warmup` once per training step. `warmup` without `steps` raises `ValueError`."
-    if config.warmup and not steps: raise ValueError(f'steps: found {steps}, expected the number of steps per epoch, such as len(batches), as the recipe has warmup')
+    """The recipe's optimizer and learning-rate schedule.
+
+    Step the schedule once per epoch, or with `warmup` once per training step. `warmup` without `steps` raises `ValueError`."""
+    if config.warmup and not steps:
+        raise ValueError(f'steps: found {steps}, expected the number of steps per epoch, such as len(batches), as the recipe has warmup')
     options = {'lr': config.lr, 'momentum': config.momentum, 'weight_decay': config.weight_decay, 'nesterov': config.nesterov}
     optimizer = Muon(model, config.muon_lr, **options) if config.muon_lr else torch.optim.SGD(model.parameters(), **options)
     if not config.warmup: return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
@@ -37,9 +40,10 @@ def triangle(done: float,  # share of the steps that are done; 0 at the start, 1
 
 # %% ../nbs/05a_optim.ipynb #50e891e1
 class Muon(torch.optim.SGD):
-    """SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group; its weight has its norm held at sqrt(out_channels). Warns if the model has none.
+    ("SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group; "
+     """its weight has its norm held at sqrt(out_channels). Warns if the model has none.
 
-    Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
+    Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench.""")
     def __init__(self,
                  model: nn.Module, # its parameters are optimised
                  muon_lr: float,   # learning rate of these convolutions
@@ -47,9 +51,11 @@ class Muon(torch.optim.SGD):
         convolutions = {p for module in model.modules() if isinstance(module, nn.Conv2d) for p in module.parameters()}
         chosen = {p for p in convolutions if p.ndim == 4 and p.shape[1] > 3}
         filters, others = ([p for p in model.parameters() if (p in chosen) == muon] for muon in (True, False))
-        if not filters: warnings.warn('muon_lr: the model has no nn.Conv2d with more than three input channels per group, so muon_lr has no effect')
+        if not filters:
+            warnings.warn('muon_lr: the model has no nn.Conv2d with more than three input channels per group, so muon_lr has no effect')
         super().__init__([{'params': others, 'muon': False},
-                          {'params': filters, 'muon': True, 'lr': muon_lr, 'momentum': 0.0, 'weight_decay': 0.0, 'nesterov': False}], **options)
+                          {'params': filters, 'muon': True, 'lr': muon_lr, 'momentum': 0.0, 'weight_decay': 0.0, 'nesterov': False}],
+                         **options)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -76,17 +82,20 @@ class Muon(torch.optim.SGD):
         torch._foreach_div_(filters, norms)
 
 def _rows(gradient):
-    "The gradient as a matrix with a filter in each row, without a copy. In channels-last memory the columns are permuted, alike in all rows, which changes nothing."
+    """The gradient as a matrix with a filter in each row, without a copy.
+
+    In channels-last memory the columns are permuted, alike in all rows, which changes nothing."""
     n = gradient[0].numel()
     return gradient.as_strided((len(gradient), n), (n, 1)) if gradient.stride(0) == n else gradient.view(len(gradient), n)
 
 # %% ../nbs/05a_optim.ipynb #397703c4
 def orthogonal(matrices: Tensor # (B, M, N)
               ) -> Tensor:      # (B, M, N), in the dtype of the input; the larger singular values are about one
-    """Roughly the nearest matrices with orthonormal rows or columns: three steps of a Newton-Schulz iteration, in the dtype of autocast if it is on.
+    ("Roughly the nearest matrices with orthonormal rows or columns: "
+     """three steps of a Newton-Schulz iteration, in the dtype of autocast if it is on.
 
     Source: polynomial of [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), on Gram matrices as in
-    [Dao AI Lab 2026](https://dao-ailab.github.io/blog/2026/gram-newton-schulz/)."""
+    [Dao AI Lab 2026](https://dao-ailab.github.io/blog/2026/gram-newton-schulz/).""")
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     gram = x @ x.mT
@@ -116,8 +125,9 @@ class Lookahead:
                  every: int,       # steps between two updates of the slow weights
                  steps: int):      # of the whole run; fewer than `every` raise `ValueError`
         if every < 1: raise ValueError(f'every: found {every}, expected at least 1')
-        if steps < every: raise ValueError(f'lookahead: found {every} in a run of {steps} step{"s" * (steps != 1)}, which would end as it began; '
-                                           f'expected at most {steps}; lower lookahead (0: none), or use smaller batches or more epochs')
+        if steps < every:
+            raise ValueError(f'lookahead: found {every} in a run of {steps} step{"s" * (steps != 1)}, which would end as it began; '
+                             f'expected at most {steps}; lower lookahead (0: none), or use smaller batches or more epochs')
         self.model, self.every, self.steps, self.done = model, every, steps, 0
         self.slow = {name: value.detach().clone() for name, value in _learned(model).items()}
 
@@ -150,9 +160,9 @@ def _learned(model):
 # %% ../nbs/05a_optim.ipynb #b5e168c8
 def zero_gamma(model: nn.Module # changed in place
               ) -> nn.Module:
-    """Set the scale of the last batch normalisation of each untrained `BasicBlock` and `Bottleneck` to zero. Warns if the model has no such block.
+    """Set the scale of the last batch normalisation of each untrained `BasicBlock` and `Bottleneck` to zero.
 
-    Source: [Goyal et al. 2017](https://arxiv.org/abs/1706.02677), section 5.1."""
+    Warns if the model has no such block. Source: [Goyal et al. 2017](https://arxiv.org/abs/1706.02677), section 5.1."""
     blocks = [block for block in model.modules() if isinstance(block, BasicBlock | Bottleneck)]
     if not blocks: warnings.warn('zero_gamma: the model has no BasicBlock or Bottleneck of this library, so zero_gamma has no effect')
     for block in blocks:

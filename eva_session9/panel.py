@@ -75,7 +75,8 @@ class View:
         for name, words in (('true', ['any']), ('predicted', ['any']), ('explain', ['predicted', 'true'])):
             found = getattr(self, name)
             if isinstance(found, str) and found not in words:
-                raise ValueError(f"View.{name}: found {found!r}, expected {' or '.join(map(repr, words))}, or the index of a class, such as classes.index({found!r})")
+                raise ValueError(f"View.{name}: found {found!r}, expected {' or '.join(map(repr, words))}, or the index of a class, "
+                                 f"such as classes.index({found!r})")
 
 # %% ../nbs/10_panel.ipynb #0d30f486
 _LIST = {'show', 'true', 'predicted', 'confidence', 'order'}  # the fields that make the list
@@ -137,7 +138,8 @@ def select(view: View,   # uses `show`, `true`, `predicted`, `confidence` and `o
 def probe(model: nn.Module, # an image classifier
           x: Tensor         # one image as the model takes it, (1, 3, H, W)
          ) -> tuple[Tensor, dict[str, tuple[int, int, int]]]:
-    "The logits (1, K), and for each grid size (of more than one cell) the last layer that is not inside a block of another: name -> (channels, rows, columns)."
+    ("The logits (1, K), and for each grid size (of more than one cell) the last layer that is not inside a block of another: "
+     "name -> (channels, rows, columns).")
     network, last = unwrap(model), {}
     def note(name, module, inputs, output):
         last.pop(name, None)  # of a module that runs more than once, only the last run is explained
@@ -254,9 +256,10 @@ def gather(model: nn.Module,        # an image classifier
            layers: Sequence[str],   # names, in the order in which they run
            classes: Sequence[int]   # M class indices
           ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """Layer -> (activation (1, C, h, w), gradients (M, C, h, w)), and logits (1, K), from one forward and one backward pass for all M classes.
+    ("Layer -> (activation (1, C, h, w), gradients (M, C, h, w)), and logits (1, K), "
+     """from one forward and one backward pass for all M classes.
 
-    Layers in another order raise `ValueError`."""
+    Layers in another order raise `ValueError`.""")
     evidence = Evidence(model, list(layers))
     first = evidence.layers[layers[0]]
     hook = first.register_forward_hook(lambda module, inputs, output: output.expand(len(classes), *output.shape[1:]))
@@ -304,7 +307,9 @@ def classify(model: nn.Module,                         # an image classifier
              report: Callable[[int], None] | None = None, # called after every batch with the number of images classified
              lock=nullcontext()                        # context manager held while the model runs
             ) -> Tensor:
-    "The logits of every image, float32 (N, K), as `engine.test` gives them, without a progress bar of its own. Labels are not looked at: the model may not know their classes."
+    """The logits of every image, float32 (N, K), as `engine.test` gives them, without a progress bar of its own.
+
+    Labels are not looked at: the model may not know their classes."""
     logits = []
     for x, y in loader(images, test_transforms(mean, std), batch_size=100, shuffle=False):
         with lock, evaluating(unwrap(model)), torch.inference_mode():
@@ -456,7 +461,8 @@ def probability_bars(logits: Tensor | None,   # of one image, (K,)
     rows = [_ROW.format(name=f'<b>{escape(classes[k])}</b>' if k == explained else escape(classes[k]), share=shares[k],
                         colour='#D55E00' if k == explained else '#0072B2')
             for k in listed_classes(shares, explained)]
-    caption = f'<caption style="text-align:left">probability of {"each class" if len(rows) == len(classes) else "the likeliest classes"}</caption>'
+    caption = ('<caption style="text-align:left">probability of '
+               f'{"each class" if len(rows) == len(classes) else "the likeliest classes"}</caption>')
     return f'<table style="border-spacing:0;line-height:1.4;font-size:inherit">{caption}{"".join(rows)}</table>'
 
 # %% ../nbs/10_panel.ipynb #3cf31651
@@ -484,7 +490,9 @@ def layer_picture(view: View,
     return png(overlay(picked.pixels, draw(raw, size, view.cells).clamp(0, 1), view.alpha, cmap)), caption
 
 def _raw_map(view, picked, name, made):
-    "The map of the class, or that of the predicted class less that of the true one. AblationCAM divides each by its own score, which is undone."
+    """The map of the class, or that of the predicted class less that of the true one.
+
+    AblationCAM divides each by its own score, which is undone."""
     classes = explained_classes(view, picked)
     maps = [_map_of(heatmaps, name, k) for heatmaps, k in zip(made, classes)]
     if not view.difference: return maps[0]
@@ -565,7 +573,8 @@ def _probe(self: Explorer):
         return None, {}, f'The model cannot take images of {h} x {w} pixels: {error}'
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         return None, {}, f'The model gives {getattr(logits, "shape", type(logits).__name__)}, expected logits (N, K).'
-    if logits.shape[1] == 1: return None, {}, 'The model gives one logit, expected one for each class; give it two, (-z / 2, z / 2) in place of z.'
+    if logits.shape[1] == 1:
+        return None, {}, 'The model gives one logit, expected one for each class; give it two, (-z / 2, z / 2) in place of z.'
     if _are_probabilities(logits): warnings.warn(_PROBABILITIES)
     return logits, stages, '' if stages else 'The model has no layer with a grid of cells, so it has no heatmaps.'
 
@@ -581,7 +590,9 @@ def add(self: Explorer,
         name: str,     # of the file
         content: bytes # of a PNG, JPEG or WebP file
        ) -> int:
-    "Read an image file, resize and crop it to the set's size, and return its index. No image, or a set that is not square, raises `ValueError`."
+    """Read an image file, resize and crop it to the set's size, and return its index.
+
+    No image, or a set that is not square, raises `ValueError`."""
     h, w = self.images.images.shape[1:3]
     if h != w: raise ValueError(f'{name}: cannot be shown beside images of {h} x {w} pixels, which are not square')
     file = BytesIO(content)
@@ -730,7 +741,8 @@ def default_source() -> tuple[str, Path | None]:
     run = newest_run()
     if run: return 'shapes', run
     raise FileNotFoundError(f'no CIFAR-10 in {cache}, and no model trained on shapes in a subfolder of {Path.cwd()}; '
-                            'run `eva9_train --data shapes` here, or give the data (eva9_panel --data), or a model and images (HeatmapPanel)')
+                            'run `eva9_train --data shapes` here, or give the data (eva9_panel --data), '
+                            'or a model and images (HeatmapPanel)')
 
 def default_model_and_images() -> tuple[nn.Module, ImageSet]:
     "The model and the test images that `default_source` names."
@@ -970,7 +982,8 @@ def _arrange(self: HeatmapPanel):
 def _arrange_image(self: HeatmapPanel):
     "Messages, the image with its heatmaps, and below them the classes and how the heatmaps are made."
     c, self.row = self.controls, widgets.HBox(layout=_WRAPPED | {'grid_gap': '4px 12px'})
-    state = widgets.HBox([self.message, self.progress, self.passes, self.cancel], layout=_WRAPPED | {'min_height': '32px', 'align_items': 'center'})
+    state = widgets.HBox([self.message, self.progress, self.passes, self.cancel],
+                         layout=_WRAPPED | {'min_height': '32px', 'align_items': 'center'})
     boxes = widgets.HBox([*c['layers'].values()], layout=_WRAPPED | {'flex': '1 1 0', 'grid_gap': '0 16px'})
     layers = widgets.HBox([widgets.Label('Layers', layout={'width': _LABEL}), boxes])
     files = widgets.HBox([c['own'], self.save, self.saved], layout=_WRAPPED)
@@ -1115,7 +1128,8 @@ def _shares(picked):
     return picked.logits.softmax(0).tolist() if picked and picked.predicted >= 0 else []
 
 def _class_options(picked, classes, shares, listed):
-    "The options of the class to explain, as (text, value): the image's predicted and true class, then the listed classes with their probabilities."
+    ("The options of the class to explain, as (text, value): "
+     "the image's predicted and true class, then the listed classes with their probabilities.")
     predicted = classes[picked.predicted] if picked and picked.predicted >= 0 else 'none'
     true = picked.label if picked and picked.label else 'not known'
     own = [(f'predicted: {_shortened(predicted, 20)}', 'predicted'), (f'true: {_shortened(true, 24)}', 'true')]

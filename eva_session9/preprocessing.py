@@ -46,14 +46,16 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
              ) -> torch.Tensor:          # float32 (N, 3, H, W)
     "Normalised model inputs for a few images; for a whole set use `loader`. Images of another dtype or shape raise `ValueError`."
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3: raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)')
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)')
     transform = test_transforms(mean, std)
     return torch.stack([transform(image=image)['image'] for image in images])
 
 def _normalized(mean, std):
     for name, values in (('mean', mean), ('std', std)):
         if len(values) != 3: raise ValueError(f'{name}: found {tuple(values)}, expected three numbers, one a channel')
-    if not all(0 <= m <= 1 for m in mean): raise ValueError(f'mean: found {tuple(mean)}, expected 0 to 1' + '; divide by 255' * (max(mean) > 1))
+    if not all(0 <= m <= 1 for m in mean):
+        raise ValueError(f'mean: found {tuple(mean)}, expected 0 to 1' + '; divide by 255' * (max(mean) > 1))
     if not all(s > 0 for s in std): raise ValueError(f'std: found {tuple(std)}, expected more than 0; '
                                                      'a channel whose pixels are all equal cannot be normalised')
     return [A.Normalize(mean=mean, std=std), ToTensorV2()]
@@ -64,9 +66,12 @@ def train_transforms(mean: tuple[float, ...],  # of each channel, in [0, 1] unit
                      config: Config = Config.session9(), # angles, sizes and probabilities
                      size: int | None = None   # pixels a side of the images; needed by a recipe with a crop
                     ) -> A.Compose:
-    "Rotation, flip, random crop and cutout as `config` says, then Normalize and ToTensorV2. A crop without `size`, or a cutout above it, raises `ValueError`."
+    """Rotation, flip, random crop and cutout as `config` says, then Normalize and ToTensorV2.
+
+    A crop without `size`, or a cutout above it, raises `ValueError`."""
     if size is not None and config.cutout > size: raise ValueError(f'Config.cutout: found {config.cutout}, expected at most {size}, '
-                                                                   'the shorter side of the images in pixels; lower cutout or use larger images')
+                                                                   'the shorter side of the images in pixels; '
+                                                                   'lower cutout or use larger images')
     fill = tuple(round(255 * m) for m in mean)
     rotate = A.Rotate(limit=(-config.rotate, config.rotate), border_mode=cv2.BORDER_REFLECT_101, p=config.rotate_p)
     cutout = A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(config.cutout,) * 2,
@@ -108,13 +113,15 @@ class KeyedDataset(Dataset):
         _reseed(self.transform, self.seed, epoch, index)
         told = {'key': (self.seed, int(epoch), int(index))} if 'key' in self.transform.available_keys else {}
         x = self.transform(image=self.images.images[index], **told)['image']
-        if not isinstance(x, Tensor): raise TypeError(f'transform: gave {type(x).__name__}, expected a tensor; end it with ToTensorV2, at p=1')
+        if not isinstance(x, Tensor):
+            raise TypeError(f'transform: gave {type(x).__name__}, expected a tensor; end it with ToTensorV2, at p=1')
         return x, int(self.images.labels[index])
 
 def _check_transform(transform, kind):
     "Raise unless the transform is one of Albumentations, which the key decides about and twins can replace."
     if not isinstance(transform, kind):
-        raise TypeError(f'transform: found {type(transform).__module__}.{type(transform).__name__}, expected an albumentations.Compose, as `train_transforms` gives it')
+        raise TypeError(f'transform: found {type(transform).__module__}.{type(transform).__name__}, expected an albumentations.Compose, '
+                        'as `train_transforms` gives it')
 
 # %% ../nbs/02_preprocessing.ipynb #d7cade49
 class KeyedSampler(Sampler):
@@ -218,7 +225,8 @@ def _alternates(key):
 
 # %% ../nbs/02_preprocessing.ipynb #c019b896
 class Twin:
-    "Base class of twins, the batched PyTorch versions of Albumentations transforms; itself that of `ToTensorV2`: batches are tensors already."
+    ("Base class of twins, the batched PyTorch versions of Albumentations transforms; "
+     "itself that of `ToTensorV2`: batches are tensors already.")
     needs = {}  # option of the transform -> the only value that the twin supports
 
     def __init__(self,
@@ -286,7 +294,9 @@ def _corners(top, left, size, box):
 
 # %% ../nbs/02_preprocessing.ipynb #dd51e1d1
 class DropoutTwin(Twin):
-    "`CoarseDropout` of one hole of fixed size and colour. Parameters: the hole's top-left corner, int64 (B, 2); (-height, -width) means no hole."
+    """`CoarseDropout` of one hole of fixed size and colour.
+
+    Parameters: the hole's top-left corner, int64 (B, 2); (-height, -width) means no hole."""
     needs = {'num_holes_range': (1, 1)}
 
     def __init__(self,
@@ -366,7 +376,8 @@ def twin(transform: A.BasicTransform,              # of Albumentations, or `Alte
     name, kind = type(transform).__name__, _TWINS.get(type(transform))
     if kind is None:
         raise ValueError(f"{name} has no batched twin; {', '.join(t.__name__ for t in _TWINS)} have. Use `loader` for others")
-    wrong = [f'{option}={value!r} (found {found!r})' for option, value in kind.needs.items() if (found := getattr(transform, option)) != value]
+    wrong = [f'{option}={value!r} (found {found!r})' for option, value in kind.needs.items()
+             if (found := getattr(transform, option)) != value]
     if wrong: raise ValueError(f"{name} has a batched twin only for {', '.join(wrong)}; use `loader` for others")
     return kind(transform, device)
 
@@ -421,9 +432,10 @@ def _twins(transform, device):
 
 # %% ../nbs/02_preprocessing.ipynb #b50f3fcd
 class Batches(Keyed):
-    """Batches (x, y) of a set kept and augmented on the device. They depend only on seed and epoch: every pass is the same until `set_epoch` is called.
+    """Batches (x, y) of a set kept and augmented on the device.
 
-    A transform without a twin raises `ValueError`."""
+    They depend only on seed and epoch: every pass is the same until `set_epoch` is called. A transform without a twin raises
+    `ValueError`."""
     def __init__(self,
                  images: ImageSet,         # the set
                  transform: A.Compose,     # from `train_transforms` or `test_transforms`
@@ -433,7 +445,8 @@ class Batches(Keyed):
                  shuffle: bool = True,     # a new order each epoch
                  drop_last: bool = False): # leave out the last batch where it is smaller
         n = len(images)
-        if batch_size < 1 or drop_last and batch_size > n: raise ValueError(f'batch_size: found {batch_size}, expected 1 to {n}, the number of images')
+        if batch_size < 1 or drop_last and batch_size > n:
+            raise ValueError(f'batch_size: found {batch_size}, expected 1 to {n}, the number of images')
         self.device, self.batch_size = pick_device(device), batch_size
         self.dataset, self.sampler = BatchedDataset(images, transform, seed, self.device), KeyedSampler(n, seed, shuffle)
         self.length = n // batch_size if drop_last else -(-n // batch_size)
@@ -461,8 +474,8 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
                   ) -> tuple[KeyedLoader | Batches, KeyedLoader | Batches]: # training and test batches
     """Training (augmented) and test batches of a recipe.
 
-    Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`. Test images of another size than the last
-    that is trained on give a warning, and so do fewer than 50 training steps in all."""
+    Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`. Test images of another size than
+    the last that is trained on give a warning, and so do fewer than 50 training steps in all."""
     _check_sets(config, train_set, test_set)
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)
@@ -483,7 +496,8 @@ def _loaders(config, train_set, augment, test_set, plain):
 def _warn_of_few_steps(config, n, batches):
     "Warn if an epoch of `n` images has so few batches that hardly anything is learned from random weights."
     steps = config.epochs * batches
-    if steps < 50: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, {config.epochs} epoch{"s" * (config.epochs != 1)}), '
+    if steps < 50: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, '
+                                 f'{config.epochs} epoch{"s" * (config.epochs != 1)}), '
                                   'fewer than 50 hardly train a network from random weights; lower batch_size, or raise epochs')
 
 def _check_sets(config, train_set, test_set):
@@ -495,8 +509,11 @@ def _check_sets(config, train_set, test_set):
                              'crop them with `data.fit_square`')
     trained, tested = 2 * config.sizes[-1:] or train_set.images.shape[1:3], test_set.images.shape[1:3]
     if trained != tested:
-        warnings.warn('images: found {} x {} pixels in training{}, {} x {} in testing, expected the same, as a network does worse at another size; '.format(
-            *trained, ' (the last of Config.sizes)' * bool(config.sizes), *tested) + (f'end Config.sizes with {tested[0]}' if config.sizes else 'make both of one size'))
+        warnings.warn('images: found {} x {} pixels in training{}, {} x {} in testing, expected the same, '
+                      'as a network does worse at another size; '.format(
+            *trained, ' (the last of Config.sizes)' * bool(config.sizes), *tested)
+                      + (f'end Config.sizes with {tested[0]}' if config.sizes else 'make both of one size'))
     if train_set.classes == test_set.classes: return
     first = next(pair for pair in zip_longest(train_set.classes, test_set.classes) if pair[0] != pair[1])
-    raise ValueError('classes: found {!r} in the training set where the test set has {!r}, expected the same in the same order'.format(*first))
+    raise ValueError('classes: found {!r} in the training set where the test set has {!r}, '
+                     'expected the same in the same order'.format(*first))

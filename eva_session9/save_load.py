@@ -46,7 +46,8 @@ def _write_together(files):
     except OSError as error:
         for part in parts.values():
             with suppress(OSError): part.unlink()  # there may be none, or no folder to hold it
-        raise CheckpointError(f'{path}: could not write {len(files[path]):,} bytes ({error}); free some space or choose another folder') from error
+        raise CheckpointError(f'{path}: could not write {len(files[path]):,} bytes ({error}); '
+                              'free some space or choose another folder') from error
 
 def _write_to_disk(path, blob):
     "Write a file, and wait until it is on the disk."
@@ -59,21 +60,27 @@ def _write_to_disk(path, blob):
 # %% ../nbs/05_save_load.ipynb #b95ea88c
 def save_model(model: nn.Module,                   # a network of this library, of the architecture that the card names
                path: str | Path,                   # ends in .safetensors
-               card: dict,                         # required: architecture, classes, mean, std, size; optional: recipe, accuracy, versions, ...
+               # required: architecture, classes, mean, std, size; optional: recipe, accuracy, versions, ...
+               card: dict,
                dtype: torch.dtype = torch.float32  # float16 halves the file
               ) -> dict: # the card, with the sha256 of the weights file
-    "Write the weights to `path` and the card beside them as JSON. A card that does not fit the model, or weights too large for `dtype`, raise `ValueError`, a failed write `CheckpointError`."
+    """Write the weights to `path` and the card beside them as JSON.
+
+    A card that does not fit the model, or weights too large for `dtype`, raise `ValueError`, a failed write `CheckpointError`."""
     path = Path(path)
     if path.suffix != '.safetensors': raise ValueError(f'path: found {path}, expected a name that ends in .safetensors')
     if not dtype.is_floating_point: raise ValueError(f'dtype: found {dtype}, expected a floating-point one, such as torch.float16')
     _check_card(card, model)
-    state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous().clone() for k, v in model.state_dict().items()}  # tied weights are written twice
+    # tied weights are written twice
+    state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous().clone() for k, v in model.state_dict().items()}
     for name, value in model.state_dict().items():
-        if (value.cpu().isfinite() & ~state[name].isfinite()).any(): raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
+        if (value.cpu().isfinite() & ~state[name].isfinite()).any():
+            raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
     try: text = json.dumps(card, indent=1)
-    except TypeError as error: raise ValueError(f'card: {error}, expected plain types only; a recipe as dataclasses.asdict(config)') from error
+    except TypeError as error:
+        raise ValueError(f'card: {error}, expected plain types only; a recipe as dataclasses.asdict(config)') from error
     _write_together({path: blob, path.with_suffix('.json'): text.encode()})
     return card
 
@@ -82,11 +89,13 @@ def _check_keys(card):
     missing = [key for key in ('architecture', 'classes', 'mean', 'std', 'size') if key not in card]
     if missing: raise ValueError(f"the card lacks {', '.join(missing)}")
     def wrong(key, expected): return ValueError(f'card: found {key} {card[key]!r}, expected {expected}')
-    if not isinstance(card['classes'], list | tuple) or not all(isinstance(name, str) for name in card['classes']): raise wrong('classes', 'a list of names')
+    if not isinstance(card['classes'], list | tuple) or not all(isinstance(name, str) for name in card['classes']):
+        raise wrong('classes', 'a list of names')
     if type(card['size']) is not int or card['size'] < 1: raise wrong('size', 'a whole number of pixels')
     for key, expected in (('mean', 'three numbers from 0 to 1'), ('std', 'three numbers above 0, at most 1')):
         numbers = card[key] if isinstance(card[key], list | tuple) else []
-        if len(numbers) != 3 or not all(isinstance(n, Real) and (n > 0 or key == 'mean' and n == 0) and n <= 1 for n in numbers): raise wrong(key, expected)
+        if len(numbers) != 3 or not all(isinstance(n, Real) and (n > 0 or key == 'mean' and n == 0) and n <= 1 for n in numbers):
+            raise wrong(key, expected)
     for key in ('architecture', 'command'):
         if not isinstance(card.get(key, ''), str): raise wrong(key, 'a text')
 
@@ -98,8 +107,8 @@ def _check_card(card, model):
     with torch.device('meta'): expected = make_model(name, k)
     shapes, found = ({key: getattr(value, 'shape', None) for key, value in m.state_dict().items()} for m in (expected, model))
     if found != shapes: raise ValueError(f'card: found {name!r} with {k} class{"es" * (k != 1)}, '
-                                         'but the weights of the model have other names or '
-                                         'shapes; correct the card, or if the model is a wrapper (such as of torch.compile), pass the network in it; '
+                                         'but the weights of the model have other names or shapes; correct the card, '
+                                         'or if the model is a wrapper (such as of torch.compile), pass the network in it; '
                                          'a network of another library is kept with torch.save(model.state_dict(), path)')
 
 # %% ../nbs/05_save_load.ipynb #40dcc0fe
@@ -114,7 +123,8 @@ def load_model(path: str | Path # of the weights; the card is beside them
         model = make_model(card['architecture'], len(card['classes']))
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in from_safetensors(blob).items()})
     except FileNotFoundError as error:
-        raise CheckpointError(f'{error.filename}: no such file; `save_model` writes weights and card, NAME.safetensors and NAME.json: keep both together') from error
+        raise CheckpointError(f'{error.filename}: no such file; `save_model` writes weights and card, '
+                              'NAME.safetensors and NAME.json: keep both together') from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f'{path}: not a model that `save_model` wrote ({type(error).__name__}: {error}); give the .safetensors file, '
                               'with its card beside it') from error
@@ -122,7 +132,8 @@ def load_model(path: str | Path # of the weights; the card is beside them
     return model.eval()
 
 def _card_of(path, sha256):
-    "The card of the weights in `path`: beside them, or under its temporary name if the process that wrote both was killed between the two renames."
+    ("The card of the weights in `path`: beside them, "
+     "or under its temporary name if the process that wrote both was killed between the two renames.")
     beside = path.with_suffix('.json')
     for part in beside.parent.glob('*.part'):
         with suppress(OSError, ValueError):
@@ -133,13 +144,14 @@ def _card_of(path, sha256):
     raise CheckpointError(f'{path}: the weights are not those of the card (sha256 differs); copy both files again')
 
 # %% ../nbs/05_save_load.ipynb #1378ce3b
-def pretrained(num_classes: int | None = None # number of your own classes: the last layer is replaced by an untrained one, and the card removed
-              ) -> nn.Module: # float32, in eval mode, on the CPU; without `num_classes`, with the card as `.card`
+def pretrained(
+    num_classes: int | None = None # number of your own classes: the last layer is replaced by an untrained one, and the card removed
+) -> nn.Module: # float32, in eval mode, on the CPU; without `num_classes`, with the card as `.card`
     "The model that comes with the library: a ResNet-18 trained on CIFAR-10. The card holds its recipe and test accuracy."
     model = load_model(files('eva_session9') / 'weights' / 'resnet18_cifar10.safetensors')
     if num_classes is not None:
-        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1: raise ValueError(f'num_classes: found {num_classes!r}, '
-                                                                                 'expected a whole number of 1 or more')
+        if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 1:
+            raise ValueError(f'num_classes: found {num_classes!r}, expected a whole number of 1 or more')
         model.fc = nn.Linear(model.fc.in_features, num_classes)
         del model.card
     return model
@@ -161,7 +173,9 @@ def save_checkpoint(folder: str | Path, # of the run
                     epoch: int,         # epochs done
                     state: dict         # tensors and plain types only
                    ) -> Path: # of the manifest
-    "Write the state after `epoch` epochs, then delete all other checkpoints but the newest. A state that cannot be read back, and a failed write, raise `CheckpointError`."
+    """Write the state after `epoch` epochs, then delete all other checkpoints but the newest.
+
+    A state that cannot be read back, and a failed write, raise `CheckpointError`."""
     folder, buffer = Path(folder), io.BytesIO()
     for orphan in folder.glob('epoch-*.part'): orphan.unlink()
     try:
@@ -169,7 +183,8 @@ def save_checkpoint(folder: str | Path, # of the run
         buffer.seek(0)
         torch.load(buffer, weights_only=True, map_location='meta')  # which reads all but the numbers
     except (UnpicklingError, PicklingError, AttributeError, TypeError) as error:
-        raise CheckpointError(f'{folder}: the state could not be read back ({type(error).__name__}: {error}); keep only tensors and plain types in it') from error
+        raise CheckpointError(f'{folder}: the state could not be read back ({type(error).__name__}: {error}); '
+                              'keep only tensors and plain types in it') from error
     blob, path = buffer.getvalue(), folder / f'epoch-{epoch:04d}.pt'
     manifest = {'schema': 1, 'epoch': epoch, 'bytes': len(blob), 'sha256': hashlib.sha256(blob).hexdigest()}
     write_atomically(path, blob)

@@ -25,17 +25,23 @@ class _Table(torchinfo.ModelStatistics):
 def summary(model: nn.Module,                       # any network for images
             size: tuple[int, int, int] = (3, 32, 32) # channels, height and width of one image
            ) -> torchinfo.ModelStatistics: # prints as a table; `.total_params`, `.total_mult_adds`
-    "Output shape, parameters and multiply-adds of every layer, to nesting depth 4. An image that the model fails on raises `ValueError`, one too large for memory `MemoryError`."
+    """Output shape, parameters and multiply-adds of every layer, to nesting depth 4.
+
+    An image that the model fails on raises `ValueError`, one too large for memory `MemoryError`."""
     if len(size) != 3 or min(size) < 1: raise ValueError(f'size: found {size}, expected (channels, height, width), each at least 1, '
                                                          'such as (3, 32, 32)')
     p = next(model.parameters(), torch.zeros(0))
     flags = {module: module.training for module in model.modules()}
-    try: table = torchinfo.summary(model, input_data=torch.zeros(1, *size, dtype=p.dtype, device=p.device), device=p.device, depth=4, verbose=0,
+    try: table = torchinfo.summary(model, input_data=torch.zeros(1, *size, dtype=p.dtype, device=p.device), device=p.device,
+                                   depth=4, verbose=0,
                                    row_settings=('var_names',), col_width=18, col_names=('output_size', 'num_params', 'mult_adds'))
     except RuntimeError as error:  # PyTorch has no type of its own for a CPU without memory
         cause = error.__cause__ or error
-        if 'allocate' not in f'{error} {cause}': raise ValueError(f'the model fails on an image of {size} ({type(cause).__name__}: {cause}); check size, or the model') from error
-        raise MemoryError(f'size: an image of {size} and its feature maps do not fit into the memory of {p.device}; take a smaller one') from error
+        if 'allocate' not in f'{error} {cause}':
+            raise ValueError(f'the model fails on an image of {size} ({type(cause).__name__}: {cause}); '
+                             'check size, or the model') from error
+        raise MemoryError(f'size: an image of {size} and its feature maps do not fit into the memory of {p.device}; '
+                          'take a smaller one') from error
     finally:
         for module, flag in flags.items(): module.training = flag
     return _Table(table.summary_list, table.input_size, table.total_input, table.formatting)

@@ -113,7 +113,8 @@ def plot_samples(images: ImageSet,      # at most `MAX_TILES`; choose with `.sub
                 ) -> Picture:
     "Every image of the set with its class. More than `MAX_TILES` images raise `ValueError`."
     if len(images) > MAX_TILES:
-        raise ValueError(f'{len(images):,} images do not fit one figure, which holds at most {MAX_TILES}; choose some: images.subset(range(20))')
+        raise ValueError(f'{len(images):,} images do not fit one figure, which holds at most {MAX_TILES}; '
+                         'choose some: images.subset(range(20))')
     return _tiles(title, images.images, [images.classes[label] for label in images.labels])
 
 # %% ../nbs/09_visual.ipynb #20fb056f
@@ -123,7 +124,8 @@ def denormalize(x: Tensor,               # model inputs, float (..., 3, H, W)
                ) -> np.ndarray:
     "Undo the normalisation: uint8 RGB images (..., H, W, 3) of these model inputs, rounded and clipped to 0..255."
     if x.ndim < 3 or x.shape[-3] != 3: raise ValueError(f'denormalize: found {tuple(x.shape)}, expected (..., 3, H, W)')
-    if not x.isfinite().all(): raise ValueError('denormalize: found values that are not finite, expected numbers; check the images before and after normalising')
+    if not x.isfinite().all():
+        raise ValueError('denormalize: found values that are not finite, expected numbers; check the images before and after normalising')
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     pixels = (x.detach().float().cpu() * std + mean) * 255
     return pixels.round().clamp(0, 255).byte().movedim(-3, -1).numpy()
@@ -207,7 +209,8 @@ def _mark_suggestions(axes, curve):
 def plot_confusion(evaluation: Evaluation, # of N images
                    classes: Sequence[str]  # names of the K classes
                   ) -> Picture:
-    "Confusion matrix: images per true class (rows) and predicted class (columns), shaded by share of the row; above 40 classes, without numbers and names."
+    ("Confusion matrix: images per true class (rows) and predicted class (columns), shaded by share of the row; "
+     "above 40 classes, without numbers and names.")
     counts, k = evaluation.confusion, len(classes)
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), len(evaluation.labels)
@@ -264,7 +267,9 @@ def plot_heatmaps(images: np.ndarray,                # the images explained, uin
                   alpha: float = 0.5,                # opacity of the heatmaps, 0 to 1
                   cmap: str = 'inferno'              # a matplotlib colour map
                  ) -> Picture:
-    "A row for each image: the image, then its heatmap at every layer or the reason why there is none. More than 400 tiles raise `ValueError`."
+    """A row for each image: the image, then its heatmap at every layer or the reason why there is none.
+
+    More than 400 tiles raise `ValueError`."""
     maps = heatmaps.maps
     _check_rows(images, maps, labels)
     labels = [_wrapped(label, 24) for label in labels]
@@ -285,7 +290,8 @@ def plot_heatmaps(images: np.ndarray,                # the images explained, uin
 def _check_rows(images, maps, labels):
     "Raise unless a row can be drawn for each image."
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
-        raise TypeError(f'plot_heatmaps: found images {getattr(images, "dtype", type(images).__name__)} {tuple(getattr(images, "shape", ()))}, '
+        raise TypeError(f'plot_heatmaps: found images {getattr(images, "dtype", type(images).__name__)} '
+                        f'{tuple(getattr(images, "shape", ()))}, '
                         'expected uint8 (N, H, W, 3), such as those of the set, or `denormalize(x, mean, std)` for inputs of the model')
     n, layers = len(images), maps.shape[1]
     expected = (n, maps.shape[-3], *images.shape[1:3])
@@ -293,9 +299,11 @@ def _check_rows(images, maps, labels):
         advice = ("; they were made with target='all', so choose one class, such as `heatmaps.of(0)`" if maps.ndim == 5 else
                   f'; take those of the same images, such as `heatmaps.subset(range({n}))`' * (len(maps) > n))
         raise ValueError(f'plot_heatmaps: found maps {tuple(maps.shape)} for images {images.shape}, expected {expected}{advice}')
-    if len(labels) not in (0, n): raise ValueError(f'plot_heatmaps: found {len(labels)} labels for {n} images, expected one for each, or none')
+    if len(labels) not in (0, n):
+        raise ValueError(f'plot_heatmaps: found {len(labels)} labels for {n} images, expected one for each, or none')
     if n * (1 + layers) > MAX_TILES:
-        raise ValueError(f'plot_heatmaps: {n:,} images and {layers} layers do not fit one figure; draw at most {MAX_TILES // (1 + layers)} images at a time')
+        raise ValueError(f'plot_heatmaps: {n:,} images and {layers} layers do not fit one figure; '
+                         f'draw at most {MAX_TILES // (1 + layers)} images at a time')
 
 def _heatmap_axes(axes, image, heatmap, status, alpha, cmap):
     "The heatmap over its image; or, where there is none to show, the faded image with the reason."

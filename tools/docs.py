@@ -24,7 +24,8 @@ STAGE, SITE = ROOT / '_stage', ROOT / '_docs'
 FILES = {  # of the repository -> what its page is about
     'CONTRIBUTING': 'How the library is built, why it has this form, and how to change it.',
     'CHANGELOG': 'What each version brought.'}
-PACKAGES = ('torch', 'collections', 'pathlib', 'numpy', 'albumentations', 'typing', 'torchinfo', 'eva_session9')  # left out of types in signatures
+# left out of types in signatures
+PACKAGES = ('torch', 'collections', 'pathlib', 'numpy', 'albumentations', 'typing', 'torchinfo', 'eva_session9')
 NOT_OF_SMALLDOCS = ('output-file', 'jupyter', 'execute')  # keys that nbdev writes into a page's head
 
 

@@ -71,7 +71,8 @@ def faults(site):
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2 or not any(Path(sys.argv[1]).rglob('*.html')): sys.exit('expected one folder with .html pages: python tools/faults.py FOLDER')
+    if len(sys.argv) != 2 or not any(Path(sys.argv[1]).rglob('*.html')):
+        sys.exit('expected one folder with .html pages: python tools/faults.py FOLDER')
     found = list(faults(Path(sys.argv[1])))
     for fault in found: print(fault, file=sys.stderr)
     sys.exit(bool(found))

@@ -100,7 +100,8 @@ class Heatmaps:
         if any(raw.ndim != 4 for raw in self.raw.values()):
             raise ValueError("each image has the maps of one class only, so there is no other to choose; make the maps with target='all'")
         if k not in range(self.logits.shape[1]): raise ValueError(f'found class {k!r}, expected 0 to {self.logits.shape[1] - 1}')
-        return replace(self, raw={name: raw[:, k].clone() for name, raw in self.raw.items()}, target=self.target.new_full(self.logits.shape[:1], k))
+        return replace(self, raw={name: raw[:, k].clone() for name, raw in self.raw.items()},
+                       target=self.target.new_full(self.logits.shape[:1], k))
 
     def subset(self, indices # anything that indexes a tensor
               ) -> 'Heatmaps':
@@ -160,7 +161,8 @@ def target_classes(target,                                # as in `CAM.__call__`
     "The classes to explain, int64 (N,); for 'all' every class, (K,); None for a function. Else raises `ValueError` or `TypeError`."
     n, k = logits.shape
     if classes is not None and len(classes) != k:
-        raise ValueError(f'{len(classes)} class names for {k} logits; where the last layer was replaced, delete model.card or pass classes=[...]')
+        raise ValueError(f'{len(classes)} class names for {k} logits; '
+                         'where the last layer was replaced, delete model.card or pass classes=[...]')
     if callable(target): return None
     if target is None and k == 1: raise ValueError(_ONE_LOGIT)
     if target is None: return logits.argmax(1)
@@ -180,7 +182,8 @@ def _class_index(name, classes):
     "The index of a class name."
     if classes is None: raise ValueError(f'class {name!r}: the model has no card with class names, so pass classes=[...]')
     same = [k for k, other in enumerate(classes) if other == name]
-    if len(same) > 1: raise ValueError(f'classes {", ".join(map(str, same))} are all named {name!r}; give the index of the one that is meant')
+    if len(same) > 1:
+        raise ValueError(f'classes {", ".join(map(str, same))} are all named {name!r}; give the index of the one that is meant')
     if same: return same[0]
     close = get_close_matches(name, classes, n=3) or classes[:10]
     raise ValueError(f"the model has no class {name!r}; choose one of its classes, such as {', '.join(close)}")
@@ -224,7 +227,8 @@ def _keep(name, kept, runs, graph):
             found = f'{output.dtype} {tuple(output.shape)}' if isinstance(output, Tensor) else type(output).__name__
             tokens = isinstance(output, Tensor) and output.ndim == 3
             raise ValueError(f'layer {name!r} gives {found}, expected float (N, C, h, w): '
-                             + ('put its tokens on a grid, as the page on Grad-CAM shows for a transformer' if tokens else 'choose a convolutional layer'))
+                             + ('put its tokens on a grid, as the page on Grad-CAM shows for a transformer' if tokens
+                                else 'choose a convolutional layer'))
         if graph and not runs: torch.set_grad_enabled(True)
         runs[name] += 1
         kept[name] = output.clone()
@@ -282,8 +286,9 @@ def _backward(seen, t):
         try: found = torch.autograd.grad(seen.scores, nodes, column, retain_graph=more, allow_unused=True)
         except RuntimeError as error:
             if 'use_reentrant' not in str(error): raise
-            raise ValueError('found a checkpoint between layer and score, which hides the gradients; set use_reentrant=False in the network, '
-                             'or choose a later layer, or a method without gradients such as EigenCAM') from error
+            raise ValueError('found a checkpoint between layer and score, which hides the gradients; '
+                             'set use_reentrant=False in the network, or choose a later layer, '
+                             'or a method without gradients such as EigenCAM') from error
     for name, gradient in zip(seen.nodes, found):
         if gradient is not None: continue
         raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations; choose another layer, '
@@ -346,17 +351,22 @@ def _run(model, layers, images, graph):
     "Logits; layer -> output; and the weight, bias, input and output of the linear layer that ran last."
     kept, runs, linear = {}, Counter(), {}
     def keep_linear(module, inputs, output):
-        linear['last'] = (module.weight, module.bias, inputs[0].detach(), output.detach().clone()) if inputs and isinstance(output, Tensor) else None
+        linear['last'] = ((module.weight, module.bias, inputs[0].detach(), output.detach().clone())
+                          if inputs and isinstance(output, Tensor) else None)
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
     with _hooked(hooks): logits = _checked_logits(_forward(model, images))
-    if _are_probabilities(logits): warnings.warn('the model gives probabilities (each row sums to 1), expected logits; leave out its softmax', stacklevel=4)
+    if _are_probabilities(logits):
+        warnings.warn('the model gives probabilities (each row sums to 1), expected logits; leave out its softmax', stacklevel=4)
     if len(images) > 1 and any(_mixes(module) for module in model.modules()):
-        warnings.warn('a batch norm without running statistics mixes the images, and so do the maps; explain one image at a time', stacklevel=4)
+        warnings.warn('a batch norm without running statistics mixes the images, and so do the maps; '
+                      'explain one image at a time', stacklevel=4)
     for name in layers:
-        if not runs[name]: raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain; choose a layer that runs')
-        if len(kept[name]) != len(logits): raise ValueError(f'layer {name!r} gives {tuple(kept[name].shape)} and the model {tuple(logits.shape)}, '
-                                                            'expected (N, C, h, w) and (N, K); choose a layer that keeps the images apart')
+        if not runs[name]:
+            raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain; choose a layer that runs')
+        if len(kept[name]) != len(logits):
+            raise ValueError(f'layer {name!r} gives {tuple(kept[name].shape)} and the model {tuple(logits.shape)}, '
+                             'expected (N, C, h, w) and (N, K); choose a layer that keeps the images apart')
         for doubt in _doubts(runs[name], kept[name].shape[2:], images.shape[2:]): warnings.warn(f'layer {name!r} {doubt}', stacklevel=4)
     return logits, {name: kept[name] for name in layers}, linear.get('last')
 
@@ -388,7 +398,8 @@ def _forward(model, images):
     except RuntimeError as error:
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
         if 'Inference tensors' in str(error):
-            reason = 'the model has weights made under inference_mode, which autograd refuses; pass copy.deepcopy(model), made outside of it'
+            reason = ('the model has weights made under inference_mode, which autograd refuses; '
+                      'pass copy.deepcopy(model), made outside of it')
         elif 'type' in str(error) and own != images.dtype and not torch.is_autocast_enabled(images.device.type):
             reason = f'images: found {images.dtype} for a model in {own}; pass images.to({own})'
         else: raise
@@ -449,8 +460,8 @@ class CAM:
 
         `target` is None for the predicted class, a class (index or name) for all images, N classes, 'all' for every class, or
         a function from logits (N, K) to scores (N,). A wrong number of classes, an unknown name, one logit without a target, a layer
-        that does not run or that the score does not depend on raise `ValueError`; a wrong type raises `TypeError`. During a call the network has hooks
-        and is in eval mode, so no other thread may use it."""
+        that does not run or that the score does not depend on raise `ValueError`; a wrong type raises `TypeError`. During a call the
+        network has hooks and is in eval mode, so no other thread may use it."""
         with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), _eager():
             images = _checked_images(images).to(next(self.model.parameters(), images).device)
             logits, nodes, linear = _run(self.model, self.layers, images, self.graph)

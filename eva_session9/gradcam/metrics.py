@@ -56,7 +56,8 @@ def confidence(model: nn.Module,
     device = next(model.parameters(), images).device
     with evaluating(model): logits = _checked_logits(model(images.to(device)))
     if logits.shape[1] < 2:
-        raise ValueError('confidence: the model gives one logit z, whose softmax is always 1; wrap it so that it gives two, such as (-z / 2, z / 2)')
+        raise ValueError('confidence: the model gives one logit z, whose softmax is always 1; '
+                         'wrap it so that it gives two, such as (-z / 2, z / 2)')
     return logits.float().softmax(1).gather(1, target_classes(target, logits)[:, None])[:, 0]
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #a9432a86
@@ -101,7 +102,8 @@ def insertion(model: nn.Module,
               sigma: float = 5.0,  # of the Gaussian blur, pixels; large enough to hide the class from the model
               seed: int = 0        # for breaking ties
               ) -> Tensor:
-    "Insertion curve: confidence as the largest pixels of a blurred image become sharp, (N, steps + 1); higher is better (Petsiuk et al. 2018)."
+    ("Insertion curve: confidence as the largest pixels of a blurred image become sharp, (N, steps + 1); "
+     "higher is better (Petsiuk et al. 2018).")
     return replacing(model, blurred(images, sigma), images, maps, target, steps, seed)
 
 def area_under(curve: Tensor # (N, S), at S evenly spaced points
@@ -153,7 +155,8 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
     "Noisy linear imputation: each removed pixel is the weighted mean of its eight neighbours, plus noise (Rong et al. 2022, section 4.2)."
     if removed.flatten(1).all(1).any(): raise ValueError('removed: an image has no pixel left to fill in from; remove fewer pixels')
     expected = (len(images), *images.shape[-2:])
-    if removed.dtype != torch.bool or removed.shape != expected: raise ValueError(f'removed: found {removed.dtype} {tuple(removed.shape)}, expected torch.bool {expected}')
+    if removed.dtype != torch.bool or removed.shape != expected:
+        raise ValueError(f'removed: found {removed.dtype} {tuple(removed.shape)}, expected torch.bool {expected}')
     if not images.isfinite().all(): raise ValueError('images: found values that are not finite, expected numbers; leave out these images')
     unknown, dtype = removed[:, None], images.dtype
     images = images.to(torch.promote_types(dtype, torch.float32))
@@ -182,8 +185,11 @@ def road(model: nn.Module,
          fractions: Sequence[float] = FRACTIONS,   # F fractions of pixels to remove, 0 <= f < 1
          seed: int = 0                             # of the noise and for breaking ties
          ) -> Tensor:
-    "ROAD: confidence with each fraction of pixels removed and imputed, (N, F) (Rong et al. 2022). To remove the smallest first, negate the maps."
-    if not len(fractions) or not all(0 <= f < 1 for f in fractions): raise ValueError(f'fractions: found {fractions}, expected shares of pixels from 0 to below 1')
+    """ROAD: confidence with each fraction of pixels removed and imputed, (N, F) (Rong et al. 2022).
+
+    To remove the smallest first, negate the maps."""
+    if not len(fractions) or not all(0 <= f < 1 for f in fractions):
+        raise ValueError(f'fractions: found {fractions}, expected shares of pixels from 0 to below 1')
     place, pixels = ranks(_fitting(maps, images), seed), maps[0].numel()
     return torch.stack([confidence(model, fill_in(images, place < round(f * pixels), seed=seed), target) for f in fractions], 1)
 
@@ -194,7 +200,8 @@ def road_score(model: nn.Module,
                fractions: Sequence[float] = FRACTIONS,  # fractions of pixels to remove
                seed: int = 0                            # of the noise and for breaking ties
                ) -> Tensor:
-    "(confidence without the smallest pixels - confidence without the largest) / 2, mean over `fractions`, (N,): higher is better, about 0 for a random map."
+    ("(confidence without the smallest pixels - confidence without the largest) / 2, mean over `fractions`, (N,): "
+     "higher is better, about 0 for a random map.")
     maps = _fitting(maps, images)
     smallest, largest = (road(model, images, signed, target, fractions, seed) for signed in (-maps, maps))
     return (smallest - largest).mean(1) / 2
@@ -207,7 +214,8 @@ def confidence_drop(model: nn.Module,
                     ) -> tuple[Tensor, Tensor]:
     """Fraction of confidence lost when the image is multiplied by its map, (N,), and whether the confidence increased, bool (N,).
 
-    Chattopadhay et al. 2018, section 4.1: a low drop and frequent increases are better. A map of ones has a drop of 0: report it for comparison."""
+    Chattopadhay et al. 2018, section 4.1: a low drop and frequent increases are better. A map of ones has a drop of 0: report it for
+    comparison."""
     if not (maps.min() >= 0 and maps.max() <= 1): raise ValueError(f'maps: found {maps.min():.3g} to {maps.max():.3g}, expected 0 to 1')
     whole, seen = (confidence(model, shown, target) for shown in (images, images * _fitting(maps, images)[:, None].to(images.dtype)))
     return (whole - seen).clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny), seen > whole
@@ -297,10 +305,12 @@ def _redraw(module):
         module.reset_parameters()
         kept = [name for name, p in before.items() if p.numel() and torch.equal(p, getattr(module, name))]
         if not kept: return
-        raise ValueError(f'{type(module).__name__}: found weights in {", ".join(kept)}, which reset_parameters leaves as they are, as after weight_norm, '
-                         'spectral_norm or pruning; remove these first (remove_weight_norm, prune.remove), or leave out this stage')
+        raise ValueError(f'{type(module).__name__}: found weights in {", ".join(kept)}, which reset_parameters leaves as they are, '
+                         'as after weight_norm, spectral_norm or pruning; '
+                         'remove these first (remove_weight_norm, prune.remove), or leave out this stage')
     if next(module.parameters(recurse=False), None) is None: return
-    raise ValueError(f'{type(module).__name__} has weights, but no method reset_parameters to draw new ones; define it, or leave out this stage')
+    raise ValueError(f'{type(module).__name__} has weights, but no method reset_parameters to draw new ones; '
+                     'define it, or leave out this stage')
 
 @torch.no_grad
 def _estimate_statistics(model, redrawn, images):
