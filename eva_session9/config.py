@@ -79,8 +79,9 @@ class Config:
 
     @classmethod
     def laptop(cls) -> 'Config':
-        ("A recipe for a CPU and images of 32 pixels: four epochs, all but the last on smaller images, "
-         "without techniques that pay off only in longer runs.")
+        """A recipe for a CPU and images of 32 pixels: four epochs, all but the last on smaller images.
+
+        It does without techniques that pay off only in longer runs."""
         return replace(cls.fast(), epochs=4, muon_lr=0.16, sizes=(16, 24, 32), crop=2, lookahead=0, zero_gamma=False, compile=False)
 
     def size(self, epoch: int # 0, 1, 2, ...

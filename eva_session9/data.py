@@ -229,8 +229,9 @@ def _visible(folder):
     return sorted(p for p in folder.iterdir() if p.name[0] != '.' and p.name not in ('Thumbs.db', 'desktop.ini'))
 
 def _split(files, seed):
-    ("Four fifths and one fifth of each class, at least one image in either; "
-     "drawn by name, so that when a file is added, at most one other of its class changes sides.")
+    """Four fifths and one fifth of each class, at least one image in either.
+
+    Drawn by name, so that when a file is added, at most one other of its class changes sides."""
     few = [name for name in files if len(files[name]) < 2]
     if few:
         raise ValueError(f'found only one image of {few}, expected two or more, at least one to train on and one to test on; add images')

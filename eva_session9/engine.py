@@ -554,8 +554,9 @@ def _check_finite(model, when):
 
 # %% ../nbs/06_engine.ipynb #66cbb5a0
 def _step(one_step, parts, config, steps, size):
-    ("A training step by the recipe, with images of `size` pixels a side, "
-     "for an epoch of at most `steps` steps if anything depends on their number.")
+    """A training step by the recipe, with images of `size` pixels a side.
+
+    An epoch has at most `steps` of them if anything depends on their number."""
     taken = count(1)
     def step(model, x, y, optimizer, precision='fp32'):
         number = next(taken)
@@ -586,8 +587,9 @@ def _resized(x, size):
     return F.interpolate(x, (size, size), mode='bilinear', antialias=True)
 
 def _accelerated(model, config, device):
-    ("The network and the step to train it with: "
-     "wrapped for several processes, or on a GPU, if the recipe says `compile`, compiled and recorded.")
+    """The network and the step to train it with.
+
+    Wrapped for several processes; or on a GPU, if the recipe says `compile`, compiled and recorded."""
     if _world_size() > 1: return DistributedDataParallel(model), train_step
     if not config.compile or device.type != 'cuda': return model, train_step
     if find_spec('triton'): return torch.compile(model, dynamic=False), RecordedStep()

@@ -133,10 +133,11 @@ def lr(self: LRCurve) -> float:
 
 @patch(as_prop=True)
 def recipe(self: LRCurve) -> Config:
-    ("The recipe of the sweep at the recommended rate, `lr`, with Muon's rate in proportion, as they were swept; "
-     """for another optimizer take `lr` alone.
+    """The recipe of the sweep at the recommended rate, `lr`, with Muon's rate in proportion, as they were swept.
 
-    Raises `ValueError` as `lr` does.""")
+    For another optimizer take `lr` alone.
+
+    Raises `ValueError` as `lr` does."""
     if self.config is None: raise ValueError('the curve has no recipe; make it by `find_lr`')
     return replace(self.config, lr=self.lr, muon_lr=self.config.muon_lr * self.lr / self.config.lr)
 

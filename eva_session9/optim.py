@@ -40,10 +40,11 @@ def triangle(done: float,  # share of the steps that are done; 0 at the start, 1
 
 # %% ../nbs/05a_optim.ipynb #50e891e1
 class Muon(torch.optim.SGD):
-    ("SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group; "
-     """its weight has its norm held at sqrt(out_channels). Warns if the model has none.
+    """SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group.
 
-    Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench.""")
+    Its weight has its norm held at sqrt(out_channels). Warns if the model has none.
+
+    Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
     def __init__(self,
                  model: nn.Module, # its parameters are optimised
                  muon_lr: float,   # learning rate of these convolutions
@@ -91,11 +92,12 @@ def _rows(gradient):
 # %% ../nbs/05a_optim.ipynb #397703c4
 def orthogonal(matrices: Tensor # (B, M, N)
               ) -> Tensor:      # (B, M, N), in the dtype of the input; the larger singular values are about one
-    ("Roughly the nearest matrices with orthonormal rows or columns: "
-     """three steps of a Newton-Schulz iteration, in the dtype of autocast if it is on.
+    """Roughly the nearest matrices with orthonormal rows or columns.
+
+    Three steps of a Newton-Schulz iteration, in the dtype of autocast if it is on.
 
     Source: polynomial of [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/), on Gram matrices as in
-    [Dao AI Lab 2026](https://dao-ailab.github.io/blog/2026/gram-newton-schulz/).""")
+    [Dao AI Lab 2026](https://dao-ailab.github.io/blog/2026/gram-newton-schulz/)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     gram = x @ x.mT

@@ -138,8 +138,9 @@ def select(view: View,   # uses `show`, `true`, `predicted`, `confidence` and `o
 def probe(model: nn.Module, # an image classifier
           x: Tensor         # one image as the model takes it, (1, 3, H, W)
          ) -> tuple[Tensor, dict[str, tuple[int, int, int]]]:
-    ("The logits (1, K), and for each grid size (of more than one cell) the last layer that is not inside a block of another: "
-     "name -> (channels, rows, columns).")
+    """The logits (1, K), and for each grid size the last layer that is not inside a block of another.
+
+    Grids of one cell are left out. Name -> (channels, rows, columns)."""
     network, last = unwrap(model), {}
     def note(name, module, inputs, output):
         last.pop(name, None)  # of a module that runs more than once, only the last run is explained
@@ -256,10 +257,11 @@ def gather(model: nn.Module,        # an image classifier
            layers: Sequence[str],   # names, in the order in which they run
            classes: Sequence[int]   # M class indices
           ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    ("Layer -> (activation (1, C, h, w), gradients (M, C, h, w)), and logits (1, K), "
-     """from one forward and one backward pass for all M classes.
+    """Layer -> (activation (1, C, h, w), gradients (M, C, h, w)), and logits (1, K).
 
-    Layers in another order raise `ValueError`.""")
+    One forward and one backward pass for all M classes.
+
+    Layers in another order raise `ValueError`."""
     evidence = Evidence(model, list(layers))
     first = evidence.layers[layers[0]]
     hook = first.register_forward_hook(lambda module, inputs, output: output.expand(len(classes), *output.shape[1:]))
@@ -1128,8 +1130,9 @@ def _shares(picked):
     return picked.logits.softmax(0).tolist() if picked and picked.predicted >= 0 else []
 
 def _class_options(picked, classes, shares, listed):
-    ("The options of the class to explain, as (text, value): "
-     "the image's predicted and true class, then the listed classes with their probabilities.")
+    """The options of the class to explain, as (text, value).
+
+    The image's predicted and true class, then the listed classes with their probabilities."""
     predicted = classes[picked.predicted] if picked and picked.predicted >= 0 else 'none'
     true = picked.label if picked and picked.label else 'not known'
     own = [(f'predicted: {_shortened(predicted, 20)}', 'predicted'), (f'true: {_shortened(true, 24)}', 'true')]

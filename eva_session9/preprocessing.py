@@ -225,8 +225,9 @@ def _alternates(key):
 
 # %% ../nbs/02_preprocessing.ipynb #c019b896
 class Twin:
-    ("Base class of twins, the batched PyTorch versions of Albumentations transforms; "
-     "itself that of `ToTensorV2`: batches are tensors already.")
+    """Base class of twins, the batched PyTorch versions of Albumentations transforms.
+
+    Itself that of `ToTensorV2`: batches are tensors already."""
     needs = {}  # option of the transform -> the only value that the twin supports
 
     def __init__(self,

@@ -132,8 +132,9 @@ def load_model(path: str | Path # of the weights; the card is beside them
     return model.eval()
 
 def _card_of(path, sha256):
-    ("The card of the weights in `path`: beside them, "
-     "or under its temporary name if the process that wrote both was killed between the two renames.")
+    """The card of the weights in `path`, which is beside them.
+
+    Or under its temporary name, if the process that wrote both was killed between the two renames."""
     beside = path.with_suffix('.json')
     for part in beside.parent.glob('*.part'):
         with suppress(OSError, ValueError):

@@ -209,8 +209,9 @@ def _mark_suggestions(axes, curve):
 def plot_confusion(evaluation: Evaluation, # of N images
                    classes: Sequence[str]  # names of the K classes
                   ) -> Picture:
-    ("Confusion matrix: images per true class (rows) and predicted class (columns), shaded by share of the row; "
-     "above 40 classes, without numbers and names.")
+    """Confusion matrix: images per true class (rows) and predicted class (columns), shaded by share of the row.
+
+    Above 40 classes, without numbers and names."""
     counts, k = evaluation.confusion, len(classes)
     if len(counts) != k: raise ValueError(f'{k} class names for {len(counts)} logits')
     right, n = counts.trace().item(), len(evaluation.labels)

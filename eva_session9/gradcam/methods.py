@@ -142,8 +142,9 @@ def _channel_scores(seen, logits):
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #f5eb1982
 def _finished_before(model, layer, images):
-    ("(module, output) of each module that finished before the last run of `layer`, then of `layer`; "
-     "an outer module stands for all inside it.")
+    """(module, output) of each module that finished before the last run of `layer`, then of `layer`.
+
+    An outer module stands for all inside it."""
     done, opened, before = [], [], []
     def enter(module, inputs, options):
         opened.append((len(done), [(x, x._version) for x in (*inputs, *options.values()) if isinstance(x, Tensor)]))
@@ -169,8 +170,9 @@ def _repeatable(output, versions, n):
 # %% ../../nbs/08b_gradcam.methods.ipynb #d969f940
 @contextmanager
 def _handing_out(outputs):
-    ("Context manager: each module returns the tensors of its iterator one after the other, and then runs as usual; "
-     "`outputs` is module -> iterator.")
+    """Context manager: each module returns the tensors of its iterator one after the other, and then runs as usual.
+
+    `outputs` is module -> iterator."""
     own = {module: module.__dict__.get('forward') for module in outputs}
     try:
         for module, given in outputs.items(): module.forward = partial(_next_or_run, given, module.forward)

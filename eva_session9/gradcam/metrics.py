@@ -102,8 +102,9 @@ def insertion(model: nn.Module,
               sigma: float = 5.0,  # of the Gaussian blur, pixels; large enough to hide the class from the model
               seed: int = 0        # for breaking ties
               ) -> Tensor:
-    ("Insertion curve: confidence as the largest pixels of a blurred image become sharp, (N, steps + 1); "
-     "higher is better (Petsiuk et al. 2018).")
+    """Insertion curve: confidence as the largest pixels of a blurred image become sharp, (N, steps + 1).
+
+    Higher is better (Petsiuk et al. 2018)."""
     return replacing(model, blurred(images, sigma), images, maps, target, steps, seed)
 
 def area_under(curve: Tensor # (N, S), at S evenly spaced points
@@ -200,8 +201,9 @@ def road_score(model: nn.Module,
                fractions: Sequence[float] = FRACTIONS,  # fractions of pixels to remove
                seed: int = 0                            # of the noise and for breaking ties
                ) -> Tensor:
-    ("(confidence without the smallest pixels - confidence without the largest) / 2, mean over `fractions`, (N,): "
-     "higher is better, about 0 for a random map.")
+    """(confidence without the smallest pixels - confidence without the largest) / 2, mean over `fractions`, (N,).
+
+    Higher is better, about 0 for a random map."""
     maps = _fitting(maps, images)
     smallest, largest = (road(model, images, signed, target, fractions, seed) for signed in (-maps, maps))
     return (smallest - largest).mean(1) / 2
