@@ -40,15 +40,13 @@ class Config:
 
     nesterov: bool = False          # use Nesterov momentum
     muon_lr: float = 0.0            # peak learning rate of Muon, for convolutions of more than three input channels; 0: SGD for all weights
-    # fraction of the steps with linear warm-up, then linear decay to 0; 0: `step_size` and `gamma` apply instead
-    warmup: float = 0.0
+    warmup: float = 0.0             # fraction of the steps with linear warm-up, then linear decay to 0; 0: `step_size` and `gamma`
     label_smoothing: float = 0.0    # fraction of the target spread evenly over all classes
     lookahead: int = 0              # steps between two updates of the slow weights of Lookahead; 0: no Lookahead
     zero_gamma: bool = False        # zero-initialise the last batch-norm scale of each residual block
     crop: int = 0                   # random crop after reflection padding by this many pixels a side; 0: no crop
     alternating_flip: bool = False  # flip each image in every second epoch; `flip_p` is ignored
-    # progressive resizing: sides of the training images in pixels, in order, for equal parts of the run; (): none
-    sizes: tuple = ()
+    sizes: tuple = ()               # progressive resizing: sides of the training images, pixels, for equal parts of the run; (): none
     batched: bool = False           # augment whole batches on the device
     compile: bool = False           # on a GPU, use torch.compile and CUDA graphs
     pretrained: bool = False        # begin with the library's own weights, of a ResNet-18, in place of random ones

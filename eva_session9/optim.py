@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of a recipe, and what else decides where training ends: Muon, averaged weights, and blocks that begin as the identity.
+"""The optimizer and the schedule of a recipe, and what it may add: Muon, averaged weights, and blocks that begin as the identity.
 
 Docs: https://eva-session9.github.io/eva_session9/optim.html.md"""
 

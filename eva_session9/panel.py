@@ -804,7 +804,8 @@ _CSS = Template('''<style>
 .eva9 .eva9-grid .widget-radio-box { display: grid; margin: 0 !important;
   grid-template-columns: repeat($columns, ${cell}px); }
 .eva9 .eva9-grid .widget-radio-box label { position: relative; box-sizing: border-box; width: ${cell}px; height: ${row}px; margin: 0;
-  cursor: pointer; padding: ${below}px 1px 0; overflow: hidden; text-overflow: ellipsis; display: block; font-size: 10.5px; line-height: 14px;
+  cursor: pointer; padding: ${below}px 1px 0; overflow: hidden; text-overflow: ellipsis; display: block;
+  font-size: 10.5px; line-height: 14px;
   text-align: center; white-space: pre; }
 .eva9 .eva9-grid input { position: absolute; top: 0; left: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
   cursor: pointer; }

@@ -1,4 +1,4 @@
-"""Augmentation declared once in Albumentations and run in two ways, image by image or batch by batch, each a pure function of seed, epoch and index.
+"""Augmentation declared once in Albumentations and run image by image or batch by batch, a pure function of seed, epoch and index.
 
 Docs: https://eva-session9.github.io/eva_session9/preprocessing.html.md"""
 

@@ -60,8 +60,7 @@ def _write_to_disk(path, blob):
 # %% ../nbs/05_save_load.ipynb #b95ea88c
 def save_model(model: nn.Module,                   # a network of this library, of the architecture that the card names
                path: str | Path,                   # ends in .safetensors
-               # required: architecture, classes, mean, std, size; optional: recipe, accuracy, versions, ...
-               card: dict,
+               card: dict,                         # required: architecture, classes, mean, std, size; optional: recipe, accuracy, ...
                dtype: torch.dtype = torch.float32  # float16 halves the file
               ) -> dict: # the card, with the sha256 of the weights file
     """Write the weights to `path` and the card beside them as JSON.

@@ -125,6 +125,11 @@ def test_heavy_dependencies_have_one_owner(path):
         assert owner == module_name(path), f'only {owner} may import {name}'
 
 
+@each([path for path in SOURCES if path.name != '_modidx.py'])
+def test_no_line_of_code_is_too_long_to_be_read(path):
+    assert max(map(len, path.read_text(encoding='utf-8').splitlines()), default=0) <= 140
+
+
 def test_every_import_is_a_declared_requirement():
     wanted = f"{settings()['requirements']} {settings()['app_requirements']}".split()
     declared = {canonical(re.match(r'[\w.-]+', requirement)[0]) for requirement in wanted}

@@ -1,4 +1,4 @@
-"""Measures of faithfulness and of localisation, each beside a control that it must tell from a good map, and checks that a method looks at the model at all.
+"""Measures of faithfulness and localisation, each beside a control that must fail it, and checks that a method looks at the model at all.
 
 Docs: https://eva-session9.github.io/eva_session9/gradcam.metrics.html.md"""
 
