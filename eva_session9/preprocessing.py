@@ -227,7 +227,7 @@ def _alternates(key):
 class Twin:
     """Base class of twins, the batched PyTorch versions of Albumentations transforms.
 
-    Itself that of `ToTensorV2`: batches are tensors already."""
+    It is itself the twin of `ToTensorV2`, since batches are tensors already."""
     needs = {}  # option of the transform -> the only value that the twin supports
 
     def __init__(self,

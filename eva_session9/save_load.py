@@ -131,11 +131,12 @@ def load_model(path: str | Path # of the weights; the card is beside them
     return model.eval()
 
 def _card_of(path, sha256):
-    """The card of the weights in `path`, which is beside them.
+    """The card of the weights in `path`.
 
-    Or under its temporary name, if the process that wrote both was killed between the two renames."""
+    It is beside them, or still under its temporary name if the process that wrote both was killed between the two renames."""
     beside = path.with_suffix('.json')
     for part in beside.parent.glob('*.part'):
+        if not part.name.startswith(f'{beside.name}.'): continue
         with suppress(OSError, ValueError):
             card = json.loads(part.read_text())
             if isinstance(card, dict) and card.get('sha256') == sha256: return card

@@ -356,27 +356,31 @@ def _run(model, layers, images, graph):
     hooks = [(module, _keep(name, kept, runs, graph)) for name, module in layers.items()]
     hooks += [(module, keep_linear) for module in model.modules() if isinstance(module, nn.Linear)]
     with _hooked(hooks): logits = _checked_logits(_forward(model, images))
-    if _are_probabilities(logits):
-        warnings.warn('the model gives probabilities (each row sums to 1), expected logits; leave out its softmax', stacklevel=4)
-    if len(images) > 1 and any(_mixes(module) for module in model.modules()):
-        warnings.warn('a batch norm without running statistics mixes the images, and so do the maps; '
-                      'explain one image at a time', stacklevel=4)
+    _check_layers(layers, runs, kept, logits)
+    for doubt in _doubts(model, images, logits, runs, kept): warnings.warn(doubt, stacklevel=4)
+    return logits, {name: kept[name] for name in layers}, linear.get('last')
+
+def _check_layers(layers, runs, kept, logits):
+    "Raise for a layer that did not run, or whose output is not one for each image."
     for name in layers:
         if not runs[name]:
             raise ValueError(f'layer {name!r} did not run in this pass, so there is nothing to explain; choose a layer that runs')
         if len(kept[name]) != len(logits):
             raise ValueError(f'layer {name!r} gives {tuple(kept[name].shape)} and the model {tuple(logits.shape)}, '
                              'expected (N, C, h, w) and (N, K); choose a layer that keeps the images apart')
-        for doubt in _doubts(runs[name], kept[name].shape[2:], images.shape[2:]): warnings.warn(f'layer {name!r} {doubt}', stacklevel=4)
-    return logits, {name: kept[name] for name in layers}, linear.get('last')
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #a3be11a1
-def _doubts(runs, grid, size):
-    "What may be wrong with a layer that ran `runs` times and has a grid of cells over images of a size."
-    if runs > 1: yield f'ran {runs} times in one pass; the map explains its last run'
-    if _misshapen(grid, size):
-        yield (f'gives {grid[0]} x {grid[1]} cells for images of {size[0]} x {size[1]} pixels: are its channels last? '
-               'Choose a layer that gives (N, C, h, w)')
+def _doubts(model, images, logits, runs, kept):
+    "What may be wrong with a pass of the images, in which the layers in `kept` ran."
+    if _are_probabilities(logits): yield 'the model gives probabilities (each row sums to 1), expected logits; leave out its softmax'
+    if len(images) > 1 and any(_mixes(module) for module in model.modules()):
+        yield 'a batch norm without running statistics mixes the images, and so do the maps; explain one image at a time'
+    for name, output in kept.items():
+        grid, size = output.shape[2:], images.shape[2:]
+        if runs[name] > 1: yield f'layer {name!r} ran {runs[name]} times in one pass; the map explains its last run'
+        if _misshapen(grid, size):
+            yield (f'layer {name!r} gives {grid[0]} x {grid[1]} cells for images of {size[0]} x {size[1]} pixels: are its channels last? '
+                   'Choose a layer that gives (N, C, h, w)')
 
 def _misshapen(grid, size):
     "Is the grid longer or wider than the image's proportions by a quarter, and by more than two cells?"
