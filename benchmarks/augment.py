@@ -11,6 +11,7 @@ import shlex
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from eva_session9.data import ImageSet
 from eva_session9.engine import fit
 from eva_session9.models.resnet import make_model
 from eva_session9.preprocessing import Batches, loader, train_transforms
+from eva_session9.save_load import write_atomically
 
 
 def random_images(n):
@@ -69,7 +71,7 @@ def main():
     parser.add_argument('--images', type=int, default=10_000, help='images per pass (default 10000)')
     parser.add_argument('--workers', type=int, default=2, help='worker processes of the loader (default 2)')
     parser.add_argument('--rounds', type=int, default=5, help='timed passes of each method, of which the median is reported (default 5)')
-    parser.add_argument('--out', help='also write the result to this .json file')
+    parser.add_argument('--out', type=Path, help='also write the result to this .json file')
     args, start = parser.parse_args(), time.perf_counter()
     result = {'recipes': {name: compared(name, args) for name in args.recipes}, 'workers': args.workers,
               'seconds': round(time.perf_counter() - start, 1), 'hardware': hardware(pick_device()), 'versions': versions(),
@@ -77,8 +79,7 @@ def main():
                                      '--workers', str(args.workers), '--rounds', str(args.rounds)])}
     text = json.dumps(result, indent=1)
     print(text)
-    if args.out:
-        with open(args.out, 'w') as f: f.write(text + '\n')
+    if args.out: write_atomically(args.out, text.encode() + b'\n')
 
 
 if __name__ == '__main__': main()

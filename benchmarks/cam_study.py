@@ -149,7 +149,7 @@ def rounded(interval): return [round(x, 4) for x in interval]
 
 
 def trained_on_shapes(folder):
-    "A ResNet-18 that knows the shapes, the statistics, and what makes its mistakes the heatmap's."
+    "A ResNet-18 trained on shapes, their mean and std, and the facts that show that its evidence is the shape."
     train_set, config = shapes(4000), Config(epochs=3, step_size=2, seed=0)
     mean, std = train_set.stats()
     seed_everything(config.seed)

@@ -1,6 +1,6 @@
 """Does the ranking of the CAM methods depend on the network? ROAD on CIFAR-10 for weights of several recipes.
 
-    python benchmarks/networks.py --out results/networks.json cc6b5e9 0c1a9ee df8f190 2a0a117
+    python benchmarks/networks.py --out networks.json 0c1a9ee df8f190
 
 Each network is given as a commit of this repository, from which git reads the weights and the card (so a clone with its whole
 history is needed; over time the library shipped the weights of four recipes), or as a folder that holds a model.safetensors, such
@@ -68,8 +68,7 @@ def main():
     parser.add_argument('--methods', nargs='+', choices=quick, default=quick, metavar='METHOD', help=f"of {', '.join(quick)} (default all)")
     parser.add_argument('--images', type=int, default=500, help='CIFAR-10 test images, a multiple of 10 (default 500)')
     parser.add_argument('--root', help='folder of the CIFAR-10 files; your cache folder if not given')
-    parser.add_argument('--out', type=Path, default=Path('results/networks.json'),
-                        help='.json file for the result (default results/networks.json)')
+    parser.add_argument('--out', type=Path, default=Path('networks.json'), help='.json file for the result (default networks.json)')
     args = parser.parse_args()
     asked = {'images': args.images, 'methods': args.methods, 'hardware': hardware(pick_device('cpu')), 'versions': versions()}
     before = {'methods': quick, **json.loads(args.out.read_text())} if args.out.exists() else {**asked, 'networks': {}}

@@ -126,14 +126,14 @@ def train(model: nn.Module,                 # on its device; put into train mode
           batches: Iterable,                # of (x, y); those of this library need `set_epoch` before each pass
           optimizer: torch.optim.Optimizer, # of the model's parameters
           precision: str = 'fp32',          # 'fp32' or 'bf16'
-          label: str = 'train',             # of the progress bar
+          label: str = 'train',             # of the progress bar, and of an error
           step: Callable = train_step       # what to do with a batch; same arguments and result as `train_step`
          ) -> Scores:
     """Train for one pass over `batches`. Inside `distributed`, all processes must call it.
 
     Raises `FloatingPointError` for a loss that is not finite, `MemoryError` for a batch too large for a GPU, `TypeError` for one of another
-    form, and `ValueError` for a label out of range. Warns of a second pass of a model over the same shuffled epoch, and of fewer batches
-    than their length."""
+    form, and `ValueError` for labels out of range (on a GPU, CUDA's own error), an output that is not (B, K), and no batches. Warns of a
+    second pass of a model over the same shuffled epoch, and of fewer batches than their length."""
     device = _device(model)
     _warn_of_repetition(model, batches)
     _train_mode(model)
@@ -141,7 +141,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
     for i, batch in enumerate(progress := _one_pass(batches, label)):
         x, y = _checked_pair(batch, device)
         try: batch_loss, logits = step(model, x, y, optimizer, precision)
-        except FloatingPointError as error: raise FloatingPointError(_where(error, batches, i)) from error
+        except FloatingPointError as error: raise FloatingPointError(f'{label}: {_where(error, batches, i)}') from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
         n += len(y)
         loss += batch_loss * len(y)
@@ -294,8 +294,8 @@ def test(model: nn.Module,        # on its device; its train flags are restored
         ) -> Evaluation:
     """The model's logits for every image, in eval mode, without gradients.
 
-    A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`; logits that are not finite, and probabilities in
-    place of logits, give a warning."""
+    A batch too large for a GPU raises `MemoryError`, one that is not (x, y) `TypeError`, labels out of range, an output that is not (B, K),
+    and no batches `ValueError`; logits that are not finite, and probabilities in place of logits, give a warning."""
     device, flags = _device(model), {m: m.training for m in model.modules()}
     logits, labels = [], []
     try:
@@ -382,8 +382,10 @@ class History:
                 'command': self.command, 'weights_sha256': self.weights_sha256}
 
     def save(self, path: str | Path): # a JSON file
-        "Write the record as JSON."
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=1).encode())
+        "Write the record as JSON, with null for numbers that are not finite."
+        epochs = [{name: None if value != value or value in (math.inf, -math.inf) else value for name, value in epoch.items()}
+                  for epoch in self.epochs]
+        write_atomically(Path(path), json.dumps({**self.to_dict(), 'history': epochs}, indent=1, allow_nan=False).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> 'History':
@@ -394,8 +396,9 @@ class History:
 
     @classmethod
     def from_dict(cls, d: dict) -> 'History':
-        "The record that `to_dict` gave."
-        return cls(config_from(d['config']), d['hardware'], d['versions'], d['history'], d['precision'], d['command'], d['weights_sha256'])
+        "The record that `to_dict` gave, or JSON with null for numbers that are not finite."
+        epochs = [{name: math.nan if value is None else value for name, value in epoch.items()} for epoch in d['history']]
+        return cls(config_from(d['config']), d['hardware'], d['versions'], epochs, d['precision'], d['command'], d['weights_sha256'])
 
 # %% ../nbs/06_engine.ipynb #a1c0de02
 class Recorded:
@@ -475,11 +478,11 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
     `torch.backends.cudnn.deterministic` set and without `compile`) and for batches that depend only on `set_epoch`, PyTorch's global
     generators, and those of a DataLoader and its sampler (not on those of persistent workers). Raises `FloatingPointError` for a loss or
     weights that are not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless
-    `resume` is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe or more
-    of them than their length, frozen models, in several processes also parameters that the output does not depend on, labels out of range,
-    and sets with more classes than the model has outputs; `TypeError` for a config or batches of the wrong type; `CheckpointError` for a
-    folder that cannot be written to, or whose checkpoints are damaged or of another version. Inside `distributed`, all processes must call
-    it alike."""
+    `resume` is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe, with
+    `warmup` or `lookahead` more of them than their length, frozen models, in several processes also parameters that the output does not
+    depend on, labels out of range (on a GPU, CUDA's own error), and sets with more classes than the model has outputs; `TypeError` for a
+    config or batches of the wrong type; `CheckpointError` for a folder that cannot be written to, or whose checkpoints are damaged or of
+    another version. Inside `distributed`, all processes must call it alike."""
     _check_arguments(model, train_batches, test_batches, config, out, resume)
     device = pick_device(device)
     _move(model, device, train_batches, test_batches)

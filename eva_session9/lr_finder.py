@@ -292,9 +292,9 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
     """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates.
 
     Has no side effects. Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises
-    `FloatingPointError`. Frozen models, batches that can be read only once or are of another recipe, labels out of range, and sets with
-    more classes than the model has outputs raise `ValueError`, batches too large for a GPU `MemoryError`, a config or batches of the wrong
-    type `TypeError`. Each of the curve's `caveats` is issued as a warning."""
+    `FloatingPointError`. Frozen models, batches that can be read only once or, without `optimizer`, are of another recipe, labels out of
+    range (on a GPU, CUDA's own error), and sets with more classes than the model has outputs raise `ValueError`, batches too large for a
+    GPU `MemoryError`, a config or batches of the wrong type `TypeError`. Each of the curve's `caveats` is issued as a warning."""
     _check(batches, config, start, end, steps)
     if optimizer is None: _check_recipe(batches, config)
     _check_trainable(model)
@@ -317,7 +317,8 @@ def _check(batches, config, start, end, steps):
     "Raise for arguments that no sweep can be made with."
     if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); '
                                                        'an optimizer is passed as optimizer=')
-    if not isinstance(batches, Iterable): raise TypeError(f'batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
+    if not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'):
+        raise TypeError(f'batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
     if isinstance(batches, Iterator):
         raise ValueError(f'batches: found a {type(batches).__name__}, which can be read only once; pass a list or a loader')
     if not 0 < start < end < math.inf: raise ValueError(f'found start {start} and end {end}, expected 0 < start < end, both finite')

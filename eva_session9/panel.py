@@ -53,9 +53,15 @@ from .save_load import CheckpointError, load_model, pretrained, write_atomically
 from .visual import _FONT, _shortened, overlay
 
 # %% ../nbs/10_panel.ipynb #a65355d7
+ORDERS = {  # label -> column to sort by, and 1 for ascending or -1 for descending
+    'most confident first': ('confidence', -1), 'least confident first': ('confidence', 1),
+    'largest loss first': ('loss', -1), 'smallest loss first': ('loss', 1),
+    'smallest margin first': ('margin', 1), 'largest margin first': ('margin', -1),
+    'as in the set': ('index', 1)}
+
 @dataclass(frozen=True)
 class View:
-    "Everything a user can choose in the panel, and its whole state. The name of a class in place of its index raises `ValueError`."
+    "Everything a user can choose in the panel, and its whole state. An unknown choice, and a class by its name, raise `ValueError`."
     show: str = 'wrong'                             # 'wrong', 'right' or 'all'
     true: int | str = 'any'                         # only images of this true class (index)
     predicted: int | str = 'any'                    # only images predicted as this class (index)
@@ -72,6 +78,10 @@ class View:
     cells: bool = False                             # draw the cells of the map without interpolation
 
     def __post_init__(self):
+        for name, known in (('show', ('wrong', 'right', 'all')), ('order', ORDERS), ('method', METHODS)):
+            found = getattr(self, name)
+            if found not in known: raise ValueError(f"View.{name}: found {found!r}, expected {', '.join(map(repr, known))}")
+        if self.place < 1: raise ValueError(f'View.place: found {self.place}, expected 1 or more')
         for name, words in (('true', ['any']), ('predicted', ['any']), ('explain', ['predicted', 'true'])):
             found = getattr(self, name)
             if isinstance(found, str) and found not in words:
@@ -116,12 +126,6 @@ def tabulate(true: np.ndarray,              # classes, int64 (N,); -1: unknown
     return Table(np.arange(n), true, *(c.numpy() for c in (predicted, top[:, 0], top[:, 0] - top[:, -1], loss)))
 
 # %% ../nbs/10_panel.ipynb #167056ec
-ORDERS = {  # label -> column to sort by, and 1 for ascending or -1 for descending
-    'most confident first': ('confidence', -1), 'least confident first': ('confidence', 1),
-    'largest loss first': ('loss', -1), 'smallest loss first': ('loss', 1),
-    'smallest margin first': ('margin', 1), 'largest margin first': ('margin', -1),
-    'as in the set': ('index', 1)}
-
 def select(view: View,   # uses `show`, `true`, `predicted`, `confidence` and `order`
            table: Table
           ) -> np.ndarray: # indices, int64

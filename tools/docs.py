@@ -1,8 +1,8 @@
 """Build the doc site into _docs, without a network: python tools/docs.py
 
 nbdev processes the notebooks (signatures, cross-links, hidden cells), and smalldocs renders what it wrote. Any warning and
-any of the faults that faults.py looks for end the build with exit code 1. Three pages are made here: every public name of
-the library, CONTRIBUTING.md and CHANGELOG.md."""
+any of the faults that faults.py looks for end the build with exit code 1. Three pages are made here: every public
+function and class, CONTRIBUTING.md and CHANGELOG.md."""
 import inspect
 import json
 import os
@@ -126,7 +126,7 @@ def page(name, title, description, text):
 
 
 def api(modules):
-    "Every public name with the first line of its docstring, by module."
+    "Every public function and class with the first line of its docstring, by module."
     for name in modules:
         module = import_module(f'eva_session9.{name}')
         yield f'\n## [{name}]({name}.ipynb)\n'
@@ -139,7 +139,7 @@ def api(modules):
 def made_pages(cache):
     "The pages that have no notebook, and their places in the sidebar."
     modules = [number(path.name).removesuffix('.ipynb') for path in sorted(cache.glob('[0-9]*.ipynb'))]
-    page('api', 'API', 'Every public name of the library, by module, and what it is.', '\n'.join(api(modules)))
+    page('api', 'API', 'Every public function and class of the library, by module, and what it is.', '\n'.join(api(modules)))
     for name, description in FILES.items():
         title, _, text = (ROOT / f'{name}.md').read_text().removeprefix('# ').partition('\n')
         page(name.lower(), title, description, text)

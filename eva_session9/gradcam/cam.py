@@ -162,7 +162,7 @@ def target_classes(target,                                # as in `CAM.__call__`
     n, k = logits.shape
     if classes is not None and len(classes) != k:
         raise ValueError(f'{len(classes)} class names for {k} logits; '
-                         'where the last layer was replaced, delete model.card or pass classes=[...]')
+                         'where the last layer was replaced, make the method anew with classes=[...]')
     if callable(target): return None
     if target is None and k == 1: raise ValueError(_ONE_LOGIT)
     if target is None: return logits.argmax(1)
@@ -383,7 +383,7 @@ def _doubts(model, images, logits, runs, kept):
                    'Choose a layer that gives (N, C, h, w)')
 
 def _misshapen(grid, size):
-    "Is the grid longer or wider than the image's proportions by a quarter, and by more than two cells?"
+    "Is a side of the grid longer than the image's proportions allow, by more than a quarter and two cells?"
     sides = grid[0] * size[1], grid[1] * size[0]
     return max(sides) > 1.25 * min(sides) + 2 * max(size)
 

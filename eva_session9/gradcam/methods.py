@@ -74,7 +74,7 @@ class ClassActivationMap(GradientFreeCAM):
         weight = linear_weight(seen, name)
         if weight is None:
             raise ValueError(f'CAM: {name!r} is not followed by a spatial mean and the final linear layer; '
-                             'choose the last convolutional layer, or use GradCAM')
+                             'choose the layer whose output is averaged, such as the last stage, or use GradCAM')
         if seen.target is None: raise ValueError('CAM explains a class; for a function of the logits use GradCAM')
         weights = weight[None].expand(len(seen.images), -1, -1) if seen.all_classes else weight[seen.target][:, None]
         return weighted_sum(weights, seen.activations[name])
@@ -214,7 +214,7 @@ def ablated_logits(model: nn.Module,
                    layer: nn.Module,
                    seen: ForwardPass,  # a forward pass of `model`
                    name: str,          # the layer's name
-                   batch_size: int     # images per forward pass, at least 2 N
+                   batch_size: int     # images per forward pass; fewer than N count as N, and one pass has 2 N
                    ) -> Tensor:
     "Logits of every image with each channel of the layer set to zero, (N, C, K), at least float32."
     node, weight = seen.nodes[name], linear_weight(seen, name)
@@ -241,7 +241,7 @@ class AblationCAM(GradientFreeCAM):
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 batch_size: int = 128): # images per forward pass of the later layers, at least 2 N
+                 batch_size: int = 128): # images per forward pass of the later layers; fewer than N count as N, and one has 2 N
         super().__init__(model, layers, classes)
         if batch_size < 1: raise ValueError(f'batch_size: found {batch_size}, expected 1 or more')
         self.batch_size = batch_size

@@ -232,6 +232,7 @@ def pointing(maps: Tensor,   # (N, H, W)
 
 def _same_size(masks, maps):
     "The masks on the device of the maps, if they fit them."
+    if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): {_CHOOSE}')
     if masks.dtype != torch.bool or masks.shape != maps.shape:
         raise ValueError(f'masks: found {masks.dtype} {tuple(masks.shape)}, expected torch.bool {tuple(maps.shape)}')
     return masks.to(maps.device)
@@ -268,6 +269,7 @@ def spearman(a: Tensor, # maps, (N, h, w)
              b: Tensor  # maps, (N, h, w)
              ) -> Tensor:
     "Spearman's rank correlation of each pair of maps, (N,); tied cells get their mean rank, a uniform map gives 0."
+    if a.ndim != 3: raise ValueError(f'maps: found shape {tuple(a.shape)}, expected (N, h, w), one map an image')
     if not (a.isfinite().all() and b.isfinite().all()): raise ValueError(_NOT_FINITE)
     first, second = (F.normalize(_mean_ranks(maps.flatten(1).to(torch.promote_types(maps.dtype, torch.float32))), dim=1) for maps in (a, b))
     return (first * second).sum(1)
@@ -309,10 +311,10 @@ def _redraw(module):
         if not kept: return
         raise ValueError(f'{type(module).__name__}: found weights in {", ".join(kept)}, which reset_parameters leaves as they are, '
                          'as after weight_norm, spectral_norm or pruning; '
-                         'remove these first (remove_weight_norm, prune.remove), or leave out this stage')
+                         'remove these first (remove_weight_norm, remove_spectral_norm, prune.remove), or leave out this stage')
     if next(module.parameters(recurse=False), None) is None: return
     raise ValueError(f'{type(module).__name__} has weights, but no method reset_parameters to draw new ones; '
-                     'define it, or leave out this stage')
+                     'define it, remove its parametrization (parametrize.remove_parametrizations), or leave out this stage')
 
 @torch.no_grad
 def _estimate_statistics(model, redrawn, images):
@@ -327,20 +329,21 @@ def _estimate_statistics(model, redrawn, images):
 # %% ../../nbs/08c_gradcam.metrics.ipynb #320d3613
 def cascade(cam: CAM,               # a CAM method, such as `GradCAM(model, 'layer4')`
             images: Tensor,         # (N, 3, H, W), normalised
-            target: Tensor,         # a class for each image, (N,), or one for all
+            target: Tensor | None,  # a class for each image, (N,), or one for all; None: those that `cam` predicts
             stages: Sequence[str],  # module names, in order from output to input
             calibration: Tensor,    # images (M, 3, H, W), to estimate batch-norm statistics on
             seed: int = 0           # of the new weights
             ) -> dict[str, Tensor]:
     """Layer -> rank correlation of the maps before and after each of S stages is re-initialised, cumulatively, (S, N).
 
-    For a method that depends on the weights, this falls to the correlation between maps of different images: compare
+    For a method that depends on the weights, this falls to the correlation between maps of different images, or below it: compare
     `spearman(raw, raw.roll(1, 0))` (Adebayo et al. 2018)."""
-    raw, found = cam(images, target).raw, {name: [] for name in cam.layers}
+    first, found = cam(images, target), {name: [] for name in cam.layers}
+    if target is None: target = first.target
     for _, network in randomized(cam.model, stages, calibration, seed):
         other = copy.copy(cam)
         other.model, other.layers = network, {name: network.get_submodule(name) for name in cam.layers}
-        for name, maps in other(images, target).raw.items(): found[name].append(spearman(raw[name], maps))
+        for name, maps in other(images, target).raw.items(): found[name].append(spearman(first.raw[name], maps))
     return {name: torch.stack(similar) for name, similar in found.items()}
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #486bcaff
