@@ -66,11 +66,15 @@ def _sets(data, root=None, limit=None, size=32):
     import numpy as np
     from eva_session9.data import cifar10, image_folder, shapes
     _check_limit(limit)
+    _check_root(data, root)
     if data == 'shapes': return shapes(limit or 4000, seed=0), shapes(min(limit or 1000, 1000), seed=1)
     if data == 'cifar10': sets = cifar10(root)
     elif data and Path(data).is_dir(): sets = image_folder(data, size)  # '' would be the current folder
-    else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder of images")
+    else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder with classes")
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
+
+def _check_root(data, root):
+    if root and data != 'cifar10': raise ValueError(f'--root: found {root}, the folder of CIFAR-10, with --data {data}; use --data cifar10')
 
 def _check_limit(limit):
     if limit is not None and limit < 1: raise ValueError(f'--limit: found {limit}, expected at least 1')
@@ -86,7 +90,7 @@ def _draw(figures, out):
 # %% ../nbs/11_cli.ipynb #c4c9e58f
 @call_parse
 def eva9_train(
-    data: str = 'shapes',     # 'cifar10', 'shapes', or a folder of images
+    data: str = 'shapes',     # 'cifar10', 'shapes', or a folder with classes
     root: str = None,         # folder of the CIFAR-10 files; your cache folder if not given
     config: str = 'session9', # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
     epochs: int = None,       # number of epochs, in place of the recipe's
@@ -173,7 +177,7 @@ def _mistakes(model, images, evaluation, mean, std):
 # %% ../nbs/11_cli.ipynb #19d57976
 @call_parse
 def eva9_find_lr(
-    data: str = 'shapes',      # 'cifar10', 'shapes', or a folder of images
+    data: str = 'shapes',      # 'cifar10', 'shapes', or a folder with classes
     root: str = None,          # folder of the CIFAR-10 files; your cache folder if not given
     config: str = 'session9',  # the recipe: 'session9', 'fast', 'laptop', or a .json file of `Config` fields
     pretrained: bool = False,  # start from the library's own ResNet-18, in place of random weights
@@ -377,7 +381,8 @@ def eva9_summary(
 # %% ../nbs/11_cli.ipynb #428a3cd8
 @call_parse
 def eva9_panel(
-    data: str = None,          # 'cifar10', 'shapes', or a folder with classes; if not given, what the model was trained on
+    # 'cifar10', 'shapes', or a folder with classes; if not given, what --weights was trained on, or CIFAR-10, or your newest run on shapes
+    data: str = None,
     root: str = None,          # folder of the CIFAR-10 files, your cache folder if not given; alone, means --data cifar10
     weights: str = None,       # a model.safetensors that eva9_train wrote; else the library's own model, or for 'shapes' your newest run
     limit: int = None,         # browse at most this many test images
@@ -390,6 +395,7 @@ def eva9_panel(
         _check_limit(limit)
         if root and not data and not weights: data = 'cifar10'
         data, weights = _panel_source(data, weights)
+        _check_root(data, root)
         server, port = _server(not no_browser), _free_port(port)
         with tempfile.TemporaryDirectory(prefix='eva9-panel-') as folder:
             page = _write_page(Path(folder), data=data, root=root, weights=str(weights) if weights else None, limit=limit)
@@ -409,7 +415,7 @@ def _panel_source(data, weights):
     data = data or _trained_on(weights)
     if data not in ('cifar10', 'shapes') and not Path(data).is_dir():
         raise ValueError(f"--data (if not given, the data that the model was trained on): found {data!r}, "
-                         "expected 'cifar10', 'shapes' or an existing folder of images")
+                         "expected 'cifar10', 'shapes' or an existing folder with classes")
     if data == 'shapes' and not (weights := weights or newest_run()):
         raise ValueError('there is no model trained on shapes in a subfolder of this folder; run eva9_train --data shapes here, '
                          'or give --weights')

@@ -47,7 +47,7 @@ class ImageSet:
         return (f'ImageSet of {len(self):,} image{"s" * (len(self) != 1)} of {height} x {width} pixels, '
                 f'{len(self.classes)} class{"es" * (len(self.classes) != 1)}')
 
-    def subset(self, indices # anything that indexes a NumPy array
+    def subset(self, indices # a list, array, tensor, range or slice
               ) -> 'ImageSet':
         "The images at `indices`, in that order."
         if not isinstance(indices, slice): indices = np.asarray(indices)

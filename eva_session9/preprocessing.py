@@ -19,6 +19,7 @@ os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 import random
 import warnings
 from itertools import zip_longest
+from numbers import Integral
 
 import albumentations as A
 import cv2
@@ -46,8 +47,8 @@ def as_inputs(images: np.ndarray,        # uint8 (N, H, W, 3), RGB
              ) -> torch.Tensor:          # float32 (N, 3, H, W)
     "Normalised model inputs for a few images; for a whole set use `loader`. Images of another dtype or shape raise `ValueError`."
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)')
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f'images: found {images.dtype} {images.shape}, expected uint8 (N, H, W, 3), at least one')
     transform = test_transforms(mean, std)
     return torch.stack([transform(image=image)['image'] for image in images])
 
@@ -446,8 +447,9 @@ class Batches(Keyed):
                  shuffle: bool = True,     # a new order each epoch
                  drop_last: bool = False): # leave out the last batch where it is smaller
         n = len(images)
-        if batch_size < 1 or drop_last and batch_size > n:
-            raise ValueError(f'batch_size: found {batch_size}, expected 1 to {n}, the number of images')
+        if not isinstance(batch_size, Integral) or batch_size < 1 or drop_last and batch_size > n:
+            raise ValueError(f'batch_size: found {batch_size}, expected a whole number of 1 or more'
+                             + f', at most {n}, the number of images' * drop_last)
         self.device, self.batch_size = pick_device(device), batch_size
         self.dataset, self.sampler = BatchedDataset(images, transform, seed, self.device), KeyedSampler(n, seed, shuffle)
         self.length = n // batch_size if drop_last else -(-n // batch_size)
@@ -497,7 +499,7 @@ def _loaders(config, train_set, augment, test_set, plain):
 def _warn_of_few_steps(config, n, batches):
     "Warn if an epoch of `n` images has so few batches that hardly anything is learned from random weights."
     steps = config.epochs * batches
-    if steps < 50: warnings.warn(f'{steps} training steps in all ({n} images in batches of {config.batch_size}, '
+    if steps < 50: warnings.warn(f'by this recipe {steps} training steps in all ({n} images in batches of {config.batch_size}, '
                                  f'{config.epochs} epoch{"s" * (config.epochs != 1)}), '
                                   'fewer than 50 hardly train a network from random weights; lower batch_size, or raise epochs')
 

@@ -116,6 +116,7 @@ def load_model(path: str | Path # of the weights; the card is beside them
     "The model in `path`. A missing, damaged or mismatched file raises `CheckpointError`."
     path = Path(path)
     try:
+        if path.suffix == '.json': raise ValueError('it is a card or a manifest')
         blob = path.read_bytes()
         card = _card_of(path, hashlib.sha256(blob).hexdigest())
         _check_keys(card)
