@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from eva_session9.config import hardware, pick_device, versions
+from eva_session9.data import cifar10
 from eva_session9.gradcam import EigenCAM, GradCAM
 from eva_session9.gradcam.methods import first_component
 from eva_session9.models.resnet import resnet18
-from eva_session9.save_load import write_atomically
+from eva_session9.preprocessing import as_inputs
+from eva_session9.save_load import pretrained, write_atomically
 
 LAYERS = ['layer2', 'layer3', 'layer4']
 TARGETS = {  # at least so many times our time
@@ -194,16 +196,10 @@ def bfloat16(model, images, rounds, clock):
 
 
 def trained():
-    "The shipped network and 64 real test images where both are to be had, else None."
-    from eva_session9.data import cifar10
-    from eva_session9.preprocessing import loader, test_transforms
-    from eva_session9.save_load import CheckpointError, pretrained
+    "The shipped network and 64 real test images, if EVA9_CIFAR10 names their folder; else None."
     if not os.environ.get('EVA9_CIFAR10'): return None
-    try: model = pretrained()
-    except CheckpointError: return None
-    test = cifar10(os.environ['EVA9_CIFAR10'])[1]
-    batches = loader(test, test_transforms(model.card['mean'], model.card['std']), batch_size=64, shuffle=False)
-    return model, next(iter(batches))[0]
+    model, images = pretrained(), cifar10(os.environ['EVA9_CIFAR10'])[1].images[:64]
+    return model, as_inputs(images, model.card['mean'], model.card['std'])
 
 
 def show(rows):
@@ -233,7 +229,7 @@ def main():
     show(sections['EigenCAM'])
     sha256 = ''
     if shipped is None:
-        print('bfloat16: skipped; set EVA9_CIFAR10 to the folder of the CIFAR-10 files (the shipped weights are needed, too)')
+        print('bfloat16: skipped; set EVA9_CIFAR10 to the folder of the CIFAR-10 files')
     else:
         sections['bfloat16'], sha256 = bfloat16(*shipped, args.rounds, args.clock), shipped[0].card['sha256']
         show(sections['bfloat16'])

@@ -35,7 +35,7 @@ from eva_session9.gradcam import (METHODS, Heatmaps, Status, area_under, bootstr
                                   road_score, spearman)
 from eva_session9.gradcam.metrics import blurred
 from eva_session9.models.resnet import resnet18
-from eva_session9.preprocessing import loader, test_transforms
+from eva_session9.preprocessing import as_inputs, loader, test_transforms
 from eva_session9.save_load import pretrained, write_atomically
 
 LAYERS = ['layer2', 'layer3', 'layer4']
@@ -56,11 +56,6 @@ class Fast(torch.nn.Module):
         key = hashlib.sha256(x.numpy()).digest()
         if key not in self.answers: self.answers[key] = forward(self.model, x, 'bf16' if self.low else 'fp32')
         return self.answers[key]
-
-
-def inputs(images, mean, std):
-    "An image set as the model takes it, (N, 3, H, W)."
-    return torch.cat([x for x, _ in loader(images, test_transforms(mean, std), BATCH, shuffle=False)])
 
 
 def in_batches(function, *tensors):
@@ -181,9 +176,9 @@ def study_shapes(n, work):
     "Place and class on drawn images."
     model, mean, std, facts = trained_on_shapes(work / 'shapes-model')
     images = shapes(n, seed=1)
-    x, masks = inputs(images, mean, std), torch.from_numpy(images.masks)
+    x, masks = as_inputs(images.images, mean, std), torch.from_numpy(images.masks)
     both, both_masks, both_labels = two_objects(images)
-    two = inputs(both, mean, std)
+    two = as_inputs(both.images, mean, std)
     with torch.no_grad(): logits, two_logits = model(x), model(two)
     target, low = logits.argmax(1), Fast(model, x[:32]).low
     named = two_logits.topk(2).indices.sort().values == torch.stack(both_labels, 1).sort().values
@@ -224,7 +219,7 @@ def stratified(images, n):
 def study_cifar10(root, n, work):
     "Faithfulness and sanity on real images."
     model, images = pretrained(), stratified(cifar10(root)[1], n)
-    x = inputs(images, model.card['mean'], model.card['std'])
+    x = as_inputs(images.images, model.card['mean'], model.card['std'])
     fast = Fast(model, x[:32])
     target = in_batches(lambda a: {'target': fast(a).argmax(1)}, x)['target']
     hidden = in_batches(lambda a, b: {'c': confidence(fast, blurred(a, SIGMA), b)}, x, target)['c']
@@ -258,7 +253,7 @@ def study_cascade(root, n, work):
     "How much of each map remains when the network is drawn anew, stage by stage from the output."
     model, (train_set, test_set) = pretrained(), cifar10(root)
     mean, std = model.card['mean'], model.card['std']
-    x, calibration = (inputs(stratified(*subset), mean, std) for subset in ((test_set, n), (train_set, 250)))
+    x, calibration = (as_inputs(stratified(*subset).images, mean, std) for subset in ((test_set, n), (train_set, 250)))
     target = in_batches(lambda a: {'target': forward(model, a, 'fp32').argmax(1)}, x)['target']
     rows = Rows(work, f"cascade-{'-'.join(STAGES)}-{model.card['sha256'][:8]}-{n}", False)
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cam_study import FRACTIONS, SLOW, Fast, controls, explained, explainers, in_batches, inputs, rounded, stratified
+from cam_study import FRACTIONS, SLOW, Fast, controls, explained, explainers, in_batches, rounded, stratified
 from eva_session9.config import hardware, pick_device, versions
 from eva_session9.data import cifar10
 from eva_session9.gradcam import METHODS, bootstrap, road_score
+from eva_session9.preprocessing import as_inputs
 from eva_session9.save_load import load_model, write_atomically
 
 WEIGHTS = 'eva_session9/weights/resnet18_cifar10'
@@ -44,7 +45,7 @@ def loaded(name):
 
 def measured(model, images, methods):
     "Accuracy on the images, and a row for each method and layer."
-    start, x = time.perf_counter(), inputs(images, model.card['mean'], model.card['std'])
+    start, x = time.perf_counter(), as_inputs(images.images, model.card['mean'], model.card['std'])
     fast = Fast(model, x[:32])
     target = in_batches(lambda a: {'target': fast(a).argmax(1)}, x)['target']
 

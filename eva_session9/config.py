@@ -9,7 +9,7 @@ __all__ = ['Config', 'config_from', 'seed_everything', 'rng_state', 'set_rng_sta
 
 # %% ../nbs/00_config.ipynb #dd9c1ec8
 import os, platform, random
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 

@@ -391,7 +391,7 @@ class History:
     def load(cls, path: str | Path) -> 'History':
         "The record that `save` wrote. Another file raises `ValueError`."
         try: return cls.from_dict(json.loads(Path(path).read_text()))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{path}: is not a record that `History.save` wrote ({error!r})') from error
 
     @classmethod
@@ -677,9 +677,9 @@ def _check_arguments(model, train_batches, test_batches, config, out, resume):
     if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); '
                                                        'with an optimizer of your own, write the loop with `train` and `test`')
     _check_trainable(model)
-    _check_batches(train_batches, config)
+    _check_batches(train_batches)
     _check_recipe(train_batches, config)
-    _check_test_batches(test_batches)
+    if test_batches is not None: _check_readable(test_batches, 'test batches')
     if resume and out is None: raise ValueError('resume=True needs the folder of the run; pass out=')
     _check_shares(train_batches, config)
 
@@ -689,9 +689,16 @@ def _check_trainable(model):
     raise ValueError('the model: found no parameter that requires a gradient, expected at least one; '
                      'unfreeze what is to be trained with requires_grad_()')
 
-def _check_batches(batches, config):
+def _check_readable(batches, name):
+    "Raise for what cannot be read epoch after epoch."
+    if isinstance(batches, Iterator):
+        raise ValueError(f'{name}: found a {type(batches).__name__}, which can be read only once; pass a list or a loader')
+    if not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'):
+        raise TypeError(f'{name}: found {type(batches).__name__}, expected a list or a loader of (x, y)')
+
+def _check_batches(batches):
     "Raise for what cannot be trained on epoch after epoch."
-    if isinstance(batches, Iterator): raise ValueError(_ONCE.format('training'))
+    _check_readable(batches, 'training batches')
     try: n = len(batches)
     except TypeError as error:
         raise TypeError(f'training batches: {type(batches).__name__} has no length ({error}); pass a list or a loader of (x, y)') from error
@@ -705,20 +712,12 @@ def _check_recipe(batches, config):
         raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '
                          'make the batches from the recipe, or change the recipe with `dataclasses.replace`'.format(*found, *expected))
 
-_ONCE = 'the {} batches can be read only once; pass a list or a loader'
-
 def _warn_of_size(batches, config):
     "Warn if the batch size of a DataLoader is not the one that will be recorded."
     size = getattr(batches, 'batch_size', None)
     if isinstance(size, int) and size != config.batch_size:
         warnings.warn(f'batch_size: found {size} in the batches, {config.batch_size} in the recipe, which will be recorded; '
                       f'pass dataclasses.replace(config, batch_size={size})')
-
-def _check_test_batches(batches):
-    "Raise for what cannot be tested on epoch after epoch; none at all is fine."
-    if isinstance(batches, Iterator): raise ValueError(_ONCE.format('test'))
-    if batches is None or hasattr(batches, '__iter__') or hasattr(batches, '__getitem__'): return
-    raise TypeError(f'test batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
 
 def _check_classes(model, batches):
     "Raise for a set with more classes than the model has outputs: on a GPU, such a label makes all later work of the process fail."
@@ -802,7 +801,8 @@ def _read_run(out):
     "The record in the newest checkpoint, and the checkpoint; or an error, where this version of `fit` cannot go on with it."
     state = load_checkpoint(out)
     try:
-        missing = [name for name in ('model', 'optimizer', 'schedule', 'rng', 'history', 'data', 'threads') if name not in state]
+        missing = [name for name in ('model', 'optimizer', 'schedule', 'rng', 'generators', 'history', 'data', 'threads')
+                   if name not in state]
         if missing: raise ValueError(f"it lacks {', '.join(missing)}")
         return History.from_dict(state['history']), state
     except (KeyError, TypeError, ValueError) as error:
@@ -841,8 +841,7 @@ def _restore(parts, batches, state, out):
         raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with')
     for name, part in parts.items(): part.load_state_dict(state[name])
     set_rng_state(state['rng'])
-    own, then = _generators(batches), state.get('generators')  # which older checkpoints lack
-    if then is None: return
+    own, then = _generators(batches), state['generators']
     if len(own) != len(then): warnings.warn(f'generators of the batches: begun with {len(then)}, resumed with {len(own)}; '
                                             'their order may differ from that of an uninterrupted run')
     for generator, at in zip(own, then): generator.set_state(at)

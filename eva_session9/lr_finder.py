@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .config import Config, config_from, hardware, pick_device, rng_state, set_rng_state, versions
 from .engine import (
-    _FROM_THE_START, _check_classes, _check_recipe, _check_trainable, _checked_pair, _copied, _resized,
+    _FROM_THE_START, _check_classes, _check_readable, _check_recipe, _check_trainable, _checked_pair, _copied, _resized,
     _resolve_precision, _too_large, _train_mode, prepare, train_step)
 from .optim import make_optimizer, zero_gamma
 from .save_load import write_atomically
@@ -260,7 +260,9 @@ def _sweep(curve, model, optimizer, batches, lrs, device, step):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
         x, y = _checked_pair(batch, device)
         x = _resized(x, curve.config.size(0))
-        try: loss = _finite(float(step(model, x, y, optimizer, curve.precision)[0]))
+        try:
+            loss = float(step(model, x, y, optimizer, curve.precision)[0])
+            if not math.isfinite(loss): raise FloatingPointError(f'the loss is {loss}')  # a step of the user's own need not
         except FloatingPointError as error:
             if not x.isfinite().all():
                 raise FloatingPointError(f'step {len(curve.lrs)}: found images that are not finite; '
@@ -272,11 +274,6 @@ def _sweep(curve, model, optimizer, batches, lrs, device, step):
         curve.losses.append(loss)
         if _diverged(curve.losses): return 'diverged'
     return 'finished'
-
-def _finite(loss):
-    "The loss, or the error of `train_step` if it is not finite, also where a step of the user's own does not raise it."
-    if not math.isfinite(loss): raise FloatingPointError(f'the loss is {loss}')
-    return loss
 
 # %% ../nbs/07_lr_finder.ipynb #807333ee
 def find_lr(model: nn.Module,                   # not touched: a copy of it is trained
@@ -317,9 +314,6 @@ def _check(batches, config, start, end, steps):
     "Raise for arguments that no sweep can be made with."
     if not isinstance(config, Config): raise TypeError(f'config: found {type(config).__name__}, expected a recipe, such as Config.fast(); '
                                                        'an optimizer is passed as optimizer=')
-    if not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'):
-        raise TypeError(f'batches: found {type(batches).__name__}, expected a list or a loader of (x, y)')
-    if isinstance(batches, Iterator):
-        raise ValueError(f'batches: found a {type(batches).__name__}, which can be read only once; pass a list or a loader')
+    _check_readable(batches, 'batches')
     if not 0 < start < end < math.inf: raise ValueError(f'found start {start} and end {end}, expected 0 < start < end, both finite')
     if steps < _FEWEST: raise ValueError(f'steps: found {steps}, expected {_FEWEST} or more')

@@ -478,8 +478,9 @@ def recipe_batches(config: Config,      # the recipe: augmentation, batch size, 
     """Training (augmented) and test batches of a recipe.
 
     Different classes in the two sets raise `ValueError`, as do non-square images with a crop or `sizes`. Test images of another size than
-    the last that is trained on give a warning, and so do fewer than 50 training steps in all."""
+    the last that is trained on give a warning, and so do fewer than 50 training steps from random weights."""
     _check_sets(config, train_set, test_set)
+    _warn_of_size(config, train_set, test_set)
     mean, std = train_set.stats()
     augment, plain = train_transforms(mean, std, config, min(train_set.images.shape[1:3])), test_transforms(mean, std)
     if config.batched:  # a last batch that is smaller would have to be compiled anew
@@ -499,9 +500,18 @@ def _loaders(config, train_set, augment, test_set, plain):
 def _warn_of_few_steps(config, n, batches):
     "Warn if an epoch of `n` images has so few batches that hardly anything is learned from random weights."
     steps = config.epochs * batches
-    if steps < 50: warnings.warn(f'by this recipe {steps} training steps in all ({n} images in batches of {config.batch_size}, '
-                                 f'{config.epochs} epoch{"s" * (config.epochs != 1)}), '
-                                  'fewer than 50 hardly train a network from random weights; lower batch_size, or raise epochs')
+    if steps >= 50 or config.pretrained: return
+    warnings.warn(f'by this recipe {steps} training steps in all ({n} images in batches of {config.batch_size}, '
+                  f'{config.epochs} epoch{"s" * (config.epochs != 1)}), '
+                  'fewer than 50 hardly train a network from random weights; lower batch_size, or raise epochs')
+
+def _warn_of_size(config, train_set, test_set):
+    "Warn if the test images have another size than the last that is trained on."
+    trained, tested = 2 * config.sizes[-1:] or train_set.images.shape[1:3], test_set.images.shape[1:3]
+    if trained == tested: return
+    last, advice = (' (the last of Config.sizes)', f'end Config.sizes with {tested[0]}') if config.sizes else ('', 'make both of one size')
+    warnings.warn('images: found {} x {} pixels in training{}, {} x {} in testing, expected the same, '
+                  'as a network does worse at another size; {}'.format(*trained, last, *tested, advice))
 
 def _check_sets(config, train_set, test_set):
     "Raise for sets of different classes, or for images that are not square if the recipe has a crop or sizes."
@@ -510,12 +520,6 @@ def _check_sets(config, train_set, test_set):
         if height != width and (config.crop or config.sizes):
             raise ValueError(f'found images of {height} x {width} pixels, expected squares, as the recipe has a crop or sizes; '
                              'crop them with `data.fit_square`')
-    trained, tested = 2 * config.sizes[-1:] or train_set.images.shape[1:3], test_set.images.shape[1:3]
-    if trained != tested:
-        warnings.warn('images: found {} x {} pixels in training{}, {} x {} in testing, expected the same, '
-                      'as a network does worse at another size; '.format(
-            *trained, ' (the last of Config.sizes)' * bool(config.sizes), *tested)
-                      + (f'end Config.sizes with {tested[0]}' if config.sizes else 'make both of one size'))
     if train_set.classes == test_set.classes: return
     first = next(pair for pair in zip_longest(train_set.classes, test_set.classes) if pair[0] != pair[1])
     raise ValueError('classes: found {!r} in the training set where the test set has {!r}, '

@@ -60,9 +60,6 @@ def everything(net, optimizer, schedule):
     return digest(net.state_dict(), layout, [m.training for m in net.modules()], optimizer.state_dict(), schedule.state_dict(), rng_state())
 
 
-def labels_of(batches): return torch.cat([y for _, y in batches]).tolist()
-
-
 # Against torch-lr-finder
 
 def test_every_loss_of_a_sweep_is_the_peers():
@@ -128,8 +125,7 @@ class Interrupted:
             yield batch
 
 
-@pytest.mark.parametrize('schedule', SCHEDULERS)
-@pytest.mark.parametrize('kind', OPTIMIZERS)
+@pytest.mark.parametrize('kind, schedule', [('SGD', 'OneCycleLR'), ('SGD', 'ReduceLROnPlateau'), ('AdamW', 'StepLR'), ('AdamW', 'LinearLR')])
 @pytest.mark.parametrize('how', ['to the end', 'diverges', 'error', 'ctrl-c'])
 def test_nothing_is_changed(kind, schedule, how, tmp_path, monkeypatch):
     net = tiny_net().to(memory_format=torch.channels_last)

@@ -121,17 +121,19 @@ def masked_logits(model: nn.Module,
     return logits
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #d42205fe
-class ScoreCAM(GradientFreeCAM):
-    "ScoreCAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by `softmax_k S(x * scale(upsample(A_k)))`, S the score."
+class _ManyPassesCAM(GradientFreeCAM):
+    "Base class of the methods that run the network once for each channel."
     def __init__(self,
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 batch_size: int = 128): # masked images per forward pass
+                 batch_size: int = 128): # images per forward pass; AblationCAM needs at least N, and 2 N in one
         super().__init__(model, layers, classes)
         if batch_size < 1: raise ValueError(f'batch_size: found {batch_size}, expected 1 or more')
         self.batch_size = batch_size
 
+class ScoreCAM(_ManyPassesCAM):
+    "ScoreCAM (Wang et al. 2020, arXiv:1910.01279): channels weighted by `softmax_k S(x * scale(upsample(A_k)))`, S the score."
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         logits = masked_logits(self.model, seen.images, seen.activations[name], self.batch_size)
         return weighted_sum(_channel_scores(seen, logits).softmax(-1), seen.activations[name])
@@ -235,17 +237,8 @@ def ablated_logits(model: nn.Module,
     return logits
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #e87c5f59
-class AblationCAM(GradientFreeCAM):
+class AblationCAM(_ManyPassesCAM):
     "AblationCAM (Desai and Ramaswamy, WACV 2020): channels weighted by `(y - y_k) / |y|`, `y_k` the score without channel k."
-    def __init__(self,
-                 model: nn.Module,
-                 layers: str | nn.Module | Sequence[str | nn.Module],
-                 classes: Sequence[str] | None = None,
-                 batch_size: int = 128): # images per forward pass of the later layers; fewer than N count as N, and one has 2 N
-        super().__init__(model, layers, classes)
-        if batch_size < 1: raise ValueError(f'batch_size: found {batch_size}, expected 1 or more')
-        self.batch_size = batch_size
-
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         logits = ablated_logits(self.model, self.layers[name], seen, name, self.batch_size)
         y = _at_least_float32(seen.scores)[..., None]

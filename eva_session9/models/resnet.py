@@ -9,7 +9,6 @@ __all__ = ['ARCHITECTURES', 'BasicBlock', 'Bottleneck', 'ResNet', 'resnet18', 'r
            'make_model']
 
 # %% ../../nbs/03_models.resnet.ipynb #de5f8e8d
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
