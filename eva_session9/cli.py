@@ -65,19 +65,17 @@ def _sets(data, root=None, limit=None, size=32):
     "The training and the test set called `data`, at most `limit` images of each, a folder's at `size` pixels a side."
     import numpy as np
     from eva_session9.data import cifar10, image_folder, shapes
-    _check_limit(limit)
-    _check_root(data, root)
+    _check_data(data, root, limit)
     if data == 'shapes': return shapes(limit or 4000, seed=0), shapes(min(limit or 1000, 1000), seed=1)
-    if data == 'cifar10': sets = cifar10(root)
-    elif data and Path(data).is_dir(): sets = image_folder(data, size)  # '' would be the current folder
-    else: raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder with classes")
+    sets = cifar10(root) if data == 'cifar10' else image_folder(data, size)
     return sets if limit is None else [s.subset(np.sort(np.random.default_rng(0).permutation(len(s))[:limit])) for s in sets]
 
-def _check_root(data, root):
-    if root and data != 'cifar10': raise ValueError(f'--root: found {root}, the folder of CIFAR-10, with --data {data}; use --data cifar10')
-
-def _check_limit(limit):
+def _check_data(data, root, limit):
+    "Raise for flags that name no data, or that do not fit it."
     if limit is not None and limit < 1: raise ValueError(f'--limit: found {limit}, expected at least 1')
+    if data not in ('cifar10', 'shapes') and not (data and Path(data).is_dir()):  # '' would be the current folder
+        raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder with classes")
+    if root and data != 'cifar10': raise ValueError(f'--root: found {root}, the folder of CIFAR-10, with --data {data}; use --data cifar10')
 
 # %% ../nbs/11_cli.ipynb #fb509dbb
 def _draw(figures, out):
@@ -234,6 +232,7 @@ def eva9_explain(
         if bool(images) == bool(data):
             found = 'both image files and --data' if data else 'neither image files nor --data'
             raise ValueError(f"found {found}, expected one of the two, such as --data cifar10 for the library's own model")
+        if images and (root or limit is not None): raise ValueError('--root, --limit: found with image files, expected with --data alone')
         if data: return _explain_mistakes(model, _sets(data, root, limit, model.card['size'])[1], method, layers, out)
         files, pictures, bad = _read_images(images, model.card['size'])
         for problem in bad: print(f'eva9_explain: skipped: {problem}', file=sys.stderr)
@@ -300,21 +299,21 @@ def _explain_images(model, files, pictures, method, layers, out):
         chosen = slice(start, start + rows)
         heatmaps = _heatmaps(model, pictures[chosen], method, layers)
         sheet = _describe([str(file) for file in files[chosen]], heatmaps, model.card['classes'])
-        labels = [f"{_readable(Path(entry['image']).name)}\n" + _prediction(entry, '{predicted} {probability:.0%}') for entry in sheet]
+        labels = [f"{_readable(Path(entry['image']).name)}\n" + _prediction(entry) for entry in sheet]
         name = 'heatmaps' if not start else f'heatmaps-{start // rows + 1}'
         _draw([(name, plot_heatmaps(pictures[chosen], heatmaps, labels, f'{method}: evidence for the predicted class'))], out)
         found += sheet
     _write_numbers(found, out, -(-len(files) // rows))
-    for entry in found: _print(f"{entry['image']}: " + _prediction(entry, '{predicted} {probability:.0%}').replace('\n', ' '))
+    for entry in found: _print(f"{entry['image']}: " + _prediction(entry).replace('\n', ' '))
 
 def _print(text):
     "Print text, with question marks for what the terminal cannot show."
     encoding = sys.stdout.encoding or 'utf-8'
     print(text.encode(encoding, 'replace').decode(encoding))
 
-def _prediction(entry, form):
-    "The entry's prediction, formatted by `form`."
-    return form.format(**entry) if entry['predicted'] else 'no prediction:\nthe logits are not finite'
+def _prediction(entry):
+    "The predicted class and its probability in an entry."
+    return '{predicted} {probability:.0%}'.format(**entry) if entry['predicted'] else 'no prediction:\nthe logits are not finite'
 
 def _readable(name):
     "A file's name with a question mark for each byte that is no text."
@@ -327,7 +326,7 @@ def _rows(most, method, layers):
 
 def _explain_mistakes(model, images, method, layers, out):
     "The eight most confident mistakes on `images`, or if there are none, the least confident predictions."
-    from eva_session9.visual import plot_heatmaps
+    from eva_session9.visual import _verdict, plot_heatmaps
     evaluation = _evaluate(model, images)
     mistakes = evaluation.misclassified
     print(f'misclassified: {len(mistakes)} of {len(images)} test images', file=sys.stderr)
@@ -336,7 +335,7 @@ def _explain_mistakes(model, images, method, layers, out):
     heatmaps = _heatmaps(model, images.images[chosen.numpy()], method, layers)
     found = _describe([f'test image {i}' for i in chosen.tolist()], heatmaps, images.classes)
     for entry, i in zip(found, chosen): entry['true'] = images.classes[images.labels[i]]
-    labels = [f"true: {entry['true']}\n" + _prediction(entry, 'predicted: {predicted}\nwith {probability:.0%}') for entry in found]
+    labels = [_verdict(images.classes, evaluation, i) for i in chosen]
     _draw([('heatmaps', plot_heatmaps(images.subset(chosen).images, heatmaps, labels, f'{title}, by {method}'))], out)
     _write_numbers(found, out, 1)
 
@@ -369,6 +368,8 @@ def eva9_summary(
 ):
     "Print and save a table of a network's layers: output shapes, parameters, multiply-adds."
     with _one_line_errors('eva9_summary'):
+        if weights and config != 'session9':
+            raise ValueError('found both --weights and --config, expected one of the two; the card of the weights names their network')
         from eva_session9.models.resnet import make_model
         from eva_session9.save_load import load_model, write_atomically
         from eva_session9.summary import summary
@@ -392,10 +393,9 @@ def eva9_panel(
     "Open the heatmap panel as a web page; stop it with Ctrl-C."
     with _one_line_errors('eva9_panel'):
         import tempfile
-        _check_limit(limit)
-        if root and not data and not weights: data = 'cifar10'
+        if root and data is None and not weights: data = 'cifar10'
         data, weights = _panel_source(data, weights)
-        _check_root(data, root)
+        _check_data(data, root, limit)
         server, port = _server(not no_browser), _free_port(port)
         with tempfile.TemporaryDirectory(prefix='eva9-panel-') as folder:
             page = _write_page(Path(folder), data=data, root=root, weights=str(weights) if weights else None, limit=limit)
@@ -409,24 +409,16 @@ def eva9_panel(
 # %% ../nbs/11_cli.ipynb #a115a10f
 def _panel_source(data, weights):
     "The data and the weights to open; raises unless both are there."
-    from eva_session9.panel import default_source, newest_run
+    from eva_session9.panel import default_source, newest_run, trained_on
+    from eva_session9.save_load import load_model
     if weights and not Path(weights).is_file(): raise ValueError(f'--weights: there is no file {weights}')
     if data is None and not weights: return default_source()
-    data = data or _trained_on(weights)
-    if data not in ('cifar10', 'shapes') and not Path(data).is_dir():
-        raise ValueError(f"--data (if not given, the data that the model was trained on): found {data!r}, "
-                         "expected 'cifar10', 'shapes' or an existing folder with classes")
+    if data is None and not (data := trained_on(load_model(weights).card)):
+        raise ValueError(f'the card of {weights} does not say what the model was trained on; give --data')
     if data == 'shapes' and not (weights := weights or newest_run()):
         raise ValueError('there is no model trained on shapes in a subfolder of this folder; run eva9_train --data shapes here, '
                          'or give --weights')
     return data, weights
-
-def _trained_on(weights):
-    "What --data was when the model was trained, by its card."
-    from eva_session9.save_load import load_model
-    words = shlex.split(load_model(weights).card.get('command', ''))
-    if '--data' not in words[:-1]: raise ValueError(f'the card of {weights} does not say what the model was trained on; give --data')
-    return words[words.index('--data') + 1]
 
 # %% ../nbs/11_cli.ipynb #f1137ba0
 def _server(open_browser):

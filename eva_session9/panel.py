@@ -7,21 +7,22 @@ Docs: https://eva-session9.github.io/eva_session9/panel.html.md"""
 # %% auto #0
 __all__ = ['ORDERS', 'THUMB', 'CELL', 'COLUMNS', 'ROWS', 'MANY', 'View', 'changed', 'Table', 'tabulate', 'select', 'probe',
            'match_classes', 'heat', 'signed_heat', 'png', 'sprite', 'explain', 'takes_many_passes', 'Evidence',
-           'gather', 'uses_gradients', 'map_evidence', 'watched', 'Stopped', 'classify', 'logits_file', 'stored_logits',
+           'gather', 'uses_gradients', 'map_evidence', 'watched', 'Stopped', 'logits_file', 'stored_logits',
            'store_logits', 'Picked', 'explained_class', 'explained_classes', 'image_caption', 'map_caption',
            'lines_html', 'thumbnail_label', 'question', 'obstacle', 'listed_classes', 'probability_bars', 'Page',
-           'layer_picture', 'Explorer', 'nothing', 'newest_run', 'default_source', 'default_model_and_images', 'Work',
-           'HeatmapPanel', 'view_png', 'Snapshot']
+           'layer_picture', 'Explorer', 'nothing', 'newest_run', 'trained_on', 'default_source',
+           'default_model_and_images', 'Work', 'HeatmapPanel', 'view_png', 'Snapshot']
 
 # %% ../nbs/10_panel.ipynb #356c42a5
 import atexit
 import json
 import re
+import shlex
 import time
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -31,8 +32,7 @@ from io import BytesIO
 from pathlib import Path
 from string import Template
 from textwrap import fill
-from threading import Event, Lock, RLock, Thread, get_ident
-from weakref import WeakSet
+from threading import Event, Lock, RLock, Thread, enumerate as running_threads, get_ident
 from zipfile import BadZipFile
 
 import ipywidgets as widgets
@@ -267,10 +267,8 @@ def gather(model: nn.Module,        # an image classifier
 
     Layers in another order raise `ValueError`."""
     evidence = Evidence(model, list(layers))
-    first = evidence.layers[layers[0]]
-    hook = first.register_forward_hook(lambda module, inputs, output: output.expand(len(classes), *output.shape[1:]))
-    try: logits = evidence(x, torch.as_tensor(classes)).logits
-    finally: hook.remove()
+    def copies(module, inputs, output): return output.expand(len(classes), *output.shape[1:])
+    with evidence.layers[layers[0]].register_forward_hook(copies): logits = evidence(x, torch.as_tensor(classes)).logits
     return evidence.kept, logits[:1]
 
 def uses_gradients(method: str # a key of `gradcam.METHODS`
@@ -298,35 +296,10 @@ def watched(model: nn.Module,                      # an image classifier
            ):
     "Context manager that calls `on_pass` before every forward pass; an exception raised by it stops the work before that pass."
     tell = on_pass or (lambda images: None)
-    hook = unwrap(model).register_forward_pre_hook(lambda module, inputs: tell(len(inputs[0])))
-    try: yield
-    finally: hook.remove()
+    with unwrap(model).register_forward_pre_hook(lambda module, inputs: tell(len(inputs[0]))): yield
 
-class Stopped(Exception):
-    "Raised in a job that was asked to stop."
-
-# %% ../nbs/10_panel.ipynb #263d399d
-def classify(model: nn.Module,                         # an image classifier
-             images: ImageSet,                         # the set
-             mean: Sequence[float],                    # of each channel, in [0, 1] units
-             std: Sequence[float],                     # of each channel, in [0, 1] units
-             report: Callable[[int], None] | None = None, # called after every batch with the number of images classified
-             lock=nullcontext()                        # context manager held while the model runs
-            ) -> Tensor:
-    """The logits of every image, float32 (N, K), as `engine.test` gives them, without a progress bar of its own.
-
-    Labels are not looked at: the model may not know their classes."""
-    logits = []
-    for x, y in loader(images, test_transforms(mean, std), batch_size=100, shuffle=False):
-        with lock, evaluating(unwrap(model)), torch.inference_mode():
-            logits.append(forward(model, _as_taken(x, model), 'fp32').cpu())
-        if report: report(min(100 * len(logits), len(images)))
-    return torch.cat(logits)
-
-def _as_taken(x, model):
-    "The images on the device of the model's weights, and in their dtype if they have one."
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    return x.to(_device(model), *dtypes if len(dtypes) == 1 else [])
+class Stopped(BaseException):
+    "Raised in a job that was asked to stop; no `Exception`, so that nothing on the way takes it for a failure."
 
 # %% ../nbs/10_panel.ipynb #b6ac643b
 def logits_file(model: nn.Module, images: ImageSet, mean: Sequence[float], std: Sequence[float]) -> Path:
@@ -584,6 +557,11 @@ def _probe(self: Explorer):
     if _are_probabilities(logits): warnings.warn(_PROBABILITIES)
     return logits, stages, '' if stages else 'The model has no layer with a grid of cells, so it has no heatmaps.'
 
+def _as_taken(x, model):
+    "The images on the device of the model's weights, and in their dtype if they have one."
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return x.to(_device(model), *dtypes if len(dtypes) == 1 else [])
+
 @patch
 def input(self: Explorer, image: np.ndarray # uint8 (H, W, 3)
          ) -> Tensor:
@@ -591,6 +569,19 @@ def input(self: Explorer, image: np.ndarray # uint8 (H, W, 3)
     return _as_taken(self.transform(image=image)['image'][None], self.model)
 
 # %% ../nbs/10_panel.ipynb #012f00a8
+@patch
+def classify(self: Explorer,
+             report: Callable[[int], None] | None = None # called after every batch with the number of images classified
+            ) -> Tensor:
+    """The logits of every image, float32 (N, K), as `engine.test` gives them. Between batches, other threads may use the model.
+
+    Labels are not looked at: the model may not know their classes."""
+    logits = []
+    for x, y in loader(self.images, self.transform, batch_size=100, shuffle=False):
+        with self.lock, torch.inference_mode(): logits.append(forward(self.model, _as_taken(x, self.model), 'fp32').cpu())
+        if report: report(min(100 * len(logits), len(self.images)))
+    return torch.cat(logits)
+
 @patch
 def add(self: Explorer,
         name: str,     # of the file
@@ -677,7 +668,6 @@ def _make(self: Explorer, picked, method, layers, target):
         _, evidence, logits = self.evidence
         chosen = {name: evidence[name] for name in layers}
         return map_evidence(self.model, method, chosen, logits, picked.pixels.shape[:2])
-    except Stopped: raise
     except Exception: return explain(self.model, x, method, layers, target)  # without copies; it says why, layer by layer
 
 @patch
@@ -732,13 +722,19 @@ def nothing(view: View, classes: Sequence[str]) -> str:
 # %% ../nbs/10_panel.ipynb #3a169013
 def newest_run(folder: str | Path = '.') -> Path | None:
     "Path of the weights of the newest `eva9_train --data shapes` run in a subfolder of `folder`; None if there is none."
-    cards = [card for card in Path(folder).glob('*/model.json') if _trained_on_shapes(card)]
+    cards = [card for card in Path(folder).glob('*/model.json') if _trained_on_in(card) == 'shapes']
     return max(cards, key=lambda card: card.stat().st_mtime).with_suffix('.safetensors') if cards else None
 
-def _trained_on_shapes(card):
-    "Is this the card of a model that `eva9_train --data shapes` wrote?"
-    try: return 'eva9_train --data shapes' in json.loads(card.read_text()).get('command', '')  # `torchrun` may stand before it
-    except (OSError, ValueError, AttributeError, TypeError): return False
+def _trained_on_in(path):
+    "What `trained_on` says of the card in a file; '' if it is none."
+    try: return trained_on(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError, TypeError): return ''
+
+def trained_on(card: dict # of a model
+              ) -> str:
+    "What `--data` was in the command that made the model; '' if the card does not say."
+    words = shlex.split(card.get('command') or '')
+    return words[words.index('--data') + 1] if '--data' in words[:-1] else ''
 
 def default_source() -> tuple[str, Path | None]:
     "('cifar10', None) if CIFAR-10 is in the cache folder, else ('shapes', weights of `newest_run`); without either, `FileNotFoundError`."
@@ -764,11 +760,6 @@ class Work(Thread):
         super().__init__(daemon=True)
         self.job, self.request, self.unwanted = job, request, Event()
 
-    def start(self):
-        "Begin the job."
-        _running.add(self)
-        super().start()
-
     def run(self):
         with suppress(Stopped): self.job(self)
 
@@ -780,13 +771,12 @@ class Work(Thread):
         "Raise `Stopped` if the job was asked to stop."
         if self.unwanted.is_set(): raise Stopped()
 
-_running = WeakSet()
-
 @atexit.register
 def _stop_all():
     "Stop all jobs before Python ends: a thread that is still inside PyTorch then would abort the process."
-    for work in list(_running): work.stop()
-    for work in list(_running): work.join(10)  # seconds, for one that waits for something else
+    running = [thread for thread in running_threads() if isinstance(thread, Work)]
+    for work in running: work.stop()
+    for work in running: work.join(10)  # seconds, for one that waits for something else
 
 # %% ../nbs/10_panel.ipynb #390a2f9d
 _CSS = Template('''<style>
@@ -888,7 +878,7 @@ class HeatmapPanel:
         if images is None: model, images = default_model_and_images()
         self.explorer = Explorer(pretrained() if model is None else model, images, evaluation, mean, std)
         self.lock, self.notice = RLock(), ''
-        self.drawing = self.declined = self.classifying = self.computing = self.on_grid = None
+        self.drawing = self.declined = self.classifying = self.computing = None
         self._classify_or_recall()
         self.view = self._opening_view()
         self._build()
@@ -921,9 +911,8 @@ def _classify(self: HeatmapPanel, work):
         self.progress.value = done
     logits = None
     try:
-        logits = classify(e.model, e.images, e.mean, e.std, report, e.lock)
+        logits = e.classify(report)
         store_logits(self.file, logits)
-    except Stopped: raise
     except CheckpointError as error: self.notice = f'The classification could not be kept: {error}. '
     except Exception as error:  # whatever the model raises
         self.notice = f'The images could not be classified: {error}. '
@@ -1088,11 +1077,10 @@ def _draw_list(self: HeatmapPanel):
     _set_number(self.controls['place'], place, len(listed))
     _set_number(self.page_number, first // size + 1, -(-len(listed) // size))
     shown = listed[first:first + size]
-    if self.on_grid is None or self.on_grid[0] is not e.table or not np.array_equal(self.on_grid[1], shown):
-        self.on_grid = e.table, shown
-        self.sprite.value = sprite(e.images.images[shown])
-        labels = [thumbnail_label(i, e.table, e.classes, e.images.classes[e.images.labels[i]]) for i in shown]
-        _set_options(self.thumbs, [(label, first + i + 1) for i, label in enumerate(labels)])
+    labels = [thumbnail_label(i, e.table, e.classes, e.images.classes[e.images.labels[i]]) for i in shown]
+    options = [(label, first + i + 1) for i, label in enumerate(labels)]
+    if tuple(options) != self.thumbs.options: self.sprite.value = sprite(e.images.images[shown])
+    _set_options(self.thumbs, options)
     self.thumbs.value = place if len(shown) and self.view.own is None else None
 
 def _set_options(radio, options):
@@ -1105,6 +1093,7 @@ def _set_options(radio, options):
 def _draw_page(self: HeatmapPanel, page):
     "Messages, pictures and captions."
     waiting = 'The images are being classified; until this is done, the list has no predictions. ' if self.classifying else ''
+    self.progress.layout.display = None if self.classifying else 'none'
     self._say(self.notice + waiting + page.message)
     self.title.value, self.saved.value = escape(page.title), ''
     for box, (picture, caption) in zip(self.pictures, page.pictures):
@@ -1152,7 +1141,6 @@ def _follow(self: HeatmapPanel, page):
     if running: running.stop()
     wanted = request is not None and request[:2] != self.declined
     self.computing = Work(partial(self._compute, page.picked), request) if wanted else None
-    self.progress.layout.display = None if self.classifying else 'none'
     self.passes.layout.display = None if wanted else 'none'
     self.cancel.layout.display = 'none' if request is None else None
     self.cancel.description = 'Cancel' if wanted else 'Compute'
@@ -1168,7 +1156,6 @@ def _compute(self: HeatmapPanel, picked, work):
         self.passes.value += images
     failure = ''
     try: self.explorer.heatmaps(picked, *work.request[1:], on_pass=on_pass)
-    except Stopped: raise
     except Exception as error: failure = _failure(work.request[1], error)  # whatever the model raises
     with self.lock:
         if work.unwanted.is_set(): return

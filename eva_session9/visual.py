@@ -332,12 +332,14 @@ def plot_misclassified(images: ImageSet,        # the test set
 # %% ../nbs/09_visual.ipynb #97521fa1
 def _verdict(classes, evaluation, index):
     "What the image is, what it was taken for, and with which probability."
-    label, predicted = evaluation.labels[index], evaluation.predictions[index]
-    return f'true: {classes[label]}\npredicted: {classes[predicted]}\nwith {evaluation.confidence[index]:.0%}'
+    true = f'true: {classes[evaluation.labels[index]]}'
+    if not evaluation.logits[index].isfinite().all(): return f'{true}\nno prediction:\nthe logits are not finite'
+    return f'{true}\npredicted: {classes[evaluation.predictions[index]]}\nwith {evaluation.confidence[index]:.0%}'
 
 def _same_images(explained, evaluated):
     "Raise unless both logits are of the same images. They may have been computed at different precisions."
-    same = explained.shape == evaluated.shape and ((explained - evaluated).norm(dim=1) < 0.1 * evaluated.norm(dim=1)).all()
+    finite = evaluated.isfinite().all(1)
+    same = explained.shape == evaluated.shape and ((explained - evaluated).norm(dim=1) < 0.1 * evaluated.norm(dim=1))[finite].all()
     if not same:
         raise ValueError(f'the heatmaps are not of the images evaluation.misclassified[:{len(explained)}], or not of the model '
                          'that was evaluated; explain these images, in this order, with this model')

@@ -80,7 +80,7 @@ def test_training_can_begin_with_the_librarys_own_model(tmp_path, capsys):
     (tmp_path / 'mine.json').write_text('{"batch_size": 8, "epochs": 1, "precision": "fp32", "lr": 1e-12}')
     eva9_train(config=str(tmp_path / 'mine.json'), limit=16, pretrained=True, resume=True, out=str(tmp_path / 'run'))
     said = capsys.readouterr().err
-    assert 'run holds no run yet, so a new one begins' in said and '2 training steps in all (16 images in batches of 8' in said
+    assert 'run holds no run yet, so a new one begins' in said and 'training steps in all' not in said
     trained = load_model(tmp_path / 'run' / 'model.safetensors')
     torch.testing.assert_close(trained.layer4[1].conv2.weight, pretrained().layer4[1].conv2.weight)
     assert trained.card['command'].endswith('--pretrained --limit 16')

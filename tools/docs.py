@@ -78,8 +78,7 @@ def in_order(cells, module):
 
 
 def shortened(signature):
-    "The signature with the last names of classes, as a reader writes them, and without addresses in memory."
-    signature = re.sub(r'<contextlib\.nullcontext object at 0x\w+>', 'nullcontext()', signature)
+    "The signature with the last names of classes, as a reader writes them."
     signature = re.sub(rf"\b(?:{'|'.join(PACKAGES)})(?:\.[a-z_]\w*)*\.(?=[A-Z])", '', signature)
     return signature.replace(')->', ') -> ')
 
