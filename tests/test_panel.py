@@ -5,6 +5,7 @@ import struct
 import time
 import zlib
 from base64 import b64decode
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields, replace
 from datetime import datetime
@@ -86,6 +87,20 @@ def choose(panel, **choices):
 def upload(panel, name, content):
     file = {'name': name, 'content': memoryview(content), 'type': '', 'size': len(content), 'last_modified': datetime.now()}
     panel.controls['own'].value = (file,)
+
+
+@contextmanager
+def held(model, most=0):
+    "Passes of more than `most` images wait for the second event, two minutes at most; the first says that one has begun."
+    begun, go_on = Event(), Event()
+    def slow(module, args):
+        if len(args[0]) > most:
+            begun.set()
+            go_on.wait(120)
+            go_on.set()
+    with model.register_forward_pre_hook(slow):
+        try: yield begun, go_on
+        finally: go_on.set()
 
 
 @pytest.fixture
@@ -299,20 +314,15 @@ def test_the_saved_view_is_what_the_screen_shows(panel):
 # Classification, and what is kept of it
 
 def test_an_unclassified_set_can_be_browsed_and_is_classified_once(model, cache):
-    go_on = Event()
-
-    def slow(module, args):
-        if len(args[0]) > 1: go_on.wait(120)
-    hook = model.register_forward_pre_hook(slow)
-    panel = HeatmapPanel(model, IMAGES)
-    assert panel.progress.layout.display is None and panel.count.value == '60 images'
-    assert 'are being classified' in said(panel)
-    assert (on_screen(panel)[0] == IMAGES.images[0]).all()
-    go_on.set()
-    panel.wait()
+    with held(model, most=1) as (_, go_on):
+        panel = HeatmapPanel(model, IMAGES)
+        assert panel.progress.layout.display is None and panel.count.value == '60 images'
+        assert 'are being classified' in said(panel)
+        assert (on_screen(panel)[0] == IMAGES.images[0]).all()
+        go_on.set()
+        panel.wait()
     assert panel.progress.layout.display == 'none' and panel.progress.value == 60 and 'classified' not in said(panel)
     assert panel.explorer.pick(panel.view).key == evaluate(model).misclassified[0]
-    hook.remove()
     assert len(list(cache.rglob('*.npy'))) == 1
     batches = []
     with watched(model, batches.append): again = HeatmapPanel(model, IMAGES)
@@ -365,46 +375,34 @@ def test_the_model_is_left_as_it_was(model):
 
 @pytest.mark.parametrize('method', SLOW)
 def test_many_passes_are_told_cancelled_and_taken_up_again(panel, method):
-    begun, go_on = Event(), Event()
-
-    def slow(module, args):
-        begun.set()
-        go_on.wait(120)
-    hook = panel.explorer.model.register_forward_pre_hook(slow)
-    panel.controls['method'].value = method
-    assert begun.wait(120)
-    assert 'once for every channel, about 56 times' in said(panel) and len(on_screen(panel)) == 1
-    assert panel.cancel.layout.display is None and panel.cancel.description == 'Cancel'
-    work = panel.computing
-    panel.cancel.click()
-    go_on.set()
-    work.join(120)
+    with held(panel.explorer.model) as (begun, go_on):
+        panel.controls['method'].value = method
+        assert begun.wait(120)
+        assert 'once for every channel, about 56 times' in said(panel) and len(on_screen(panel)) == 1
+        assert panel.cancel.layout.display is None and panel.cancel.description == 'Cancel'
+        work = panel.computing
+        panel.cancel.click()
+        go_on.set()
+        work.join(120)
     assert panel.cancel.description == 'Compute' and len(on_screen(panel)) == 1
     assert not any(made == method for _, made, _, _ in panel.explorer.made)
     panel.controls['alpha'].value = 0.2
     assert panel.computing is None
     panel.cancel.click()
     panel.wait()
-    hook.remove()
     assert len(on_screen(panel)) == 4 and panel.cancel.layout.display == 'none' and 'raw maximum' in captions(panel)[1]
 
 
 def test_another_choice_does_not_wait_for_many_passes(panel):
-    begun, go_on, passes = Event(), Event(), []
-
-    def slow(module, args):
-        passes.append(len(args[0]))
-        begun.set()
-        go_on.wait(120)
-    hook = panel.explorer.model.register_forward_pre_hook(slow)
-    panel.controls['method'].value = 'ScoreCAM'
-    assert begun.wait(120)
-    work = panel.computing
-    panel.controls['method'].value = 'GradCAM'
-    assert work.is_alive() and len(on_screen(panel)) == 4 and panel.title.value.startswith('GradCAM')
-    go_on.set()
-    work.join(120)
-    hook.remove()
+    model, passes = panel.explorer.model, []
+    with held(model) as (begun, go_on), watched(model, passes.append):
+        panel.controls['method'].value = 'ScoreCAM'
+        assert begun.wait(120)
+        work = panel.computing
+        panel.controls['method'].value = 'GradCAM'
+        assert work.is_alive() and len(on_screen(panel)) == 4 and panel.title.value.startswith('GradCAM')
+        go_on.set()
+        work.join(120)
     assert not work.is_alive() and panel.computing is None and len(on_screen(panel)) == 4
     assert len(passes) <= 2  # of the 7 that ScoreCAM makes
 
@@ -412,13 +410,12 @@ def test_another_choice_does_not_wait_for_many_passes(panel):
 @pytest.mark.parametrize('error', [IndexError, torch.OutOfMemoryError])
 def test_a_method_that_fails_in_the_background_is_said_and_can_be_tried_again(panel, error):
     def fails(module, args): raise error('no')
-    hook = panel.explorer.model.register_forward_pre_hook(fails)
-    panel.controls['method'].value = 'ScoreCAM'
-    panel.wait()
+    with panel.explorer.model.register_forward_pre_hook(fails):
+        panel.controls['method'].value = 'ScoreCAM'
+        panel.wait()
     assert f'ScoreCAM failed with {error.__name__}: no' in said(panel) and len(on_screen(panel)) == 1
     assert panel.cancel.description == 'Compute' and panel.passes.layout.display == 'none' and panel.computing is None
     assert not any(method == 'ScoreCAM' for _, method, _, _ in panel.explorer.made)
-    hook.remove()
     panel.cancel.click()
     panel.wait()
     assert 'failed' not in said(panel) and len(on_screen(panel)) == 4 and 'raw maximum' in captions(panel)[1]
@@ -427,10 +424,8 @@ def test_a_method_that_fails_in_the_background_is_said_and_can_be_tried_again(pa
 @pytest.mark.parametrize('error', [IndexError, torch.OutOfMemoryError])
 def test_a_method_that_fails_at_once_is_said_and_not_kept(panel, error):
     def fails(module, args): raise error('no')
-    hook = panel.explorer.model.register_forward_pre_hook(fails)
-    panel.controls['method'].value = 'EigenCAM'
+    with panel.explorer.model.register_forward_pre_hook(fails): panel.controls['method'].value = 'EigenCAM'
     assert f'EigenCAM failed with {error.__name__}: no' in said(panel) and len(on_screen(panel)) == 1
-    hook.remove()
     panel.controls['alpha'].value = 0.3
     assert 'failed' not in said(panel) and len(on_screen(panel)) == 4 and 'raw maximum' in captions(panel)[1]
 
@@ -451,38 +446,29 @@ def test_a_model_that_takes_one_image_at_a_time_is_explained(model):
 # A model of the panel's own
 
 def test_two_panels_and_the_caller_use_one_model_at_the_same_time(model):
-    begun, go_on = Event(), Event()
     first, second = opened(model, IMAGES), opened(model, IMAGES)
     model.train()
     expected = METHODS['LayerCAM'](model, ['layer3'])(inputs()[:1], 2).raw['layer3']
-
-    def slow(module, args):
-        begun.set()
-        go_on.wait(120)
-    hook = first.explorer.model.register_forward_pre_hook(slow)
-    first.controls['method'].value = 'ScoreCAM'
-    assert begun.wait(120)
-    choose(second, method='LayerCAM', place=2)
-    assert len(on_screen(second)) == 4 and all(module.training for module in model.modules())
-    assert torch.equal(METHODS['LayerCAM'](model, ['layer3'])(inputs()[:1], 2).raw['layer3'], expected)
-    go_on.set()
-    first.wait()
-    hook.remove()
+    with held(first.explorer.model) as (begun, go_on):
+        first.controls['method'].value = 'ScoreCAM'
+        assert begun.wait(120)
+        choose(second, method='LayerCAM', place=2)
+        assert len(on_screen(second)) == 4 and all(module.training for module in model.modules())
+        assert torch.equal(METHODS['LayerCAM'](model, ['layer3'])(inputs()[:1], 2).raw['layer3'], expected)
+        go_on.set()
+        first.wait()
     assert len(on_screen(first)) == 4 and all(module.training for module in model.modules())
 
 
 def test_training_on_while_the_set_is_classified_changes_nothing(model):
-    go_on, expected = Event(), evaluate(model).logits
-
-    def slow(module, args):
-        if len(args[0]) > 1: go_on.wait(120)
-    hook = model.register_forward_pre_hook(slow)
-    panel = HeatmapPanel(model, IMAGES)
-    with torch.no_grad(): model.head[2].bias[4] += 1
-    model.train()
-    go_on.set()
-    panel.wait()
-    hook.remove()
+    expected = evaluate(model).logits
+    with held(model, most=1) as (begun, go_on):
+        panel = HeatmapPanel(model, IMAGES)
+        assert begun.wait(120)
+        with torch.no_grad(): model.head[2].bias[4] += 1
+        model.train()
+        go_on.set()
+        panel.wait()
     assert torch.allclose(panel.explorer.set_logits, expected, atol=1e-5)
 
 
