@@ -92,41 +92,39 @@ def test_training_can_begin_with_the_librarys_own_model(tmp_path, capsys):
     assert 'pretrained was True, is False' in capsys.readouterr().err
 
 
-def test_the_suggested_command_repeats_the_data(tmp_path, capsys, monkeypatch):
-    lrs = np.geomspace(1e-5, 1, 100)
-    losses = 2.3 - 1.5 / (1 + np.exp(-4 * (np.log10(lrs) + 2))) + 2 * lrs ** 2
-    monkeypatch.setattr('eva_session9.lr_finder.find_lr', lambda *given, **__: LRCurve(lrs.tolist(), losses.tolist(), config=given[2]))
+@pytest.fixture
+def swept(monkeypatch):
+    "What each sweep was given; a curve that falls and rises takes its place."
+    calls, lrs = [], np.geomspace(1e-5, 1, 100)
+    def sweep(*given, **options):
+        calls.append(given)
+        return LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist(), config=given[2])
+    monkeypatch.setattr('eva_session9.lr_finder.find_lr', sweep)
+    return calls
+
+
+def test_the_suggested_command_repeats_the_data(tmp_path, capsys, swept):
     out = tmp_path / 'two words'
     eva9_find_lr(data='shapes', limit=32, out=str(out))
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.endswith(f"eva9_train --data shapes --config '{out}/recipe.json' --limit 32")
 
 
-def test_a_sweep_can_begin_with_the_librarys_own_model(tmp_path, monkeypatch):
-    def sweep(model, batches, recipe, **options):
-        swept.append((model, recipe))
-        lrs = np.geomspace(1e-5, 1, 100)
-        return LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist(), config=recipe)
-    swept = []
-    monkeypatch.setattr('eva_session9.lr_finder.find_lr', sweep)
+def test_a_sweep_can_begin_with_the_librarys_own_model(tmp_path, swept):
     eva9_find_lr(data='shapes', pretrained=True, limit=32, out=str(tmp_path))
-    (model, recipe), = swept
+    (model, _, recipe), = swept
     assert recipe.pretrained and torch.equal(model.conv1.weight, pretrained().conv1.weight)
     assert json.loads((tmp_path / 'recipe.json').read_text())['pretrained']
     assert json.loads((tmp_path / 'find_lr.json').read_text())['command'].endswith('--pretrained --start 1e-05 --end 1.0 --steps 100 --limit 32')
 
 
 @pytest.mark.parametrize('config, hinted', [('session9', False), ('laptop', True)])
-def test_where_the_rate_falls_to_zero_a_higher_one_is_hinted_at(config, hinted, tmp_path, capsys, monkeypatch):
-    lrs = np.geomspace(1e-5, 1, 100)
-    monkeypatch.setattr('eva_session9.lr_finder.find_lr', lambda *given, **__: LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist(), config=given[2]))
+def test_where_the_rate_falls_to_zero_a_higher_one_is_hinted_at(config, hinted, tmp_path, capsys, swept):
     eva9_find_lr(data='shapes', config=config, limit=32, out=str(tmp_path))
     assert ('up to three times the suggested one' in capsys.readouterr().out) == hinted
 
 
-def test_rates_that_are_swept_together_are_suggested_together(tmp_path, monkeypatch):
-    lrs = np.geomspace(1e-5, 1, 100)
-    monkeypatch.setattr('eva_session9.lr_finder.find_lr', lambda *given, **__: LRCurve(lrs.tolist(), ((np.log10(lrs) + 2) ** 2).tolist(), config=given[2]))
+def test_rates_that_are_swept_together_are_suggested_together(tmp_path, swept):
     recipe = tmp_path / 'mine.json'
     recipe.write_text('{"lr": 0.1, "muon_lr": 0.05}')
     eva9_find_lr(data='shapes', config=str(recipe), limit=32, out=str(tmp_path))
