@@ -1,6 +1,5 @@
 "The doc site: every kind of fault is found, and the built pages are read in headless Chromium on a phone and on a desk."
 import re
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +14,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 from faults import faults
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 WHOLE = '''<meta name="description" content="a page"><h2 id="here">Here</h2><a href="#here">here</a>
     <a href="other.html">other</a><img src="dot.png" alt="a dot"><a href="https://example.org/none.html">elsewhere</a>'''
 
@@ -69,16 +67,6 @@ def home():
         Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def browser():
-    if CHROMIUM is None: pytest.skip('Chromium is not installed: apt-get install chromium')
-    playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install playwright')
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=['--no-sandbox'])
-        yield browser
-        browser.close()
 
 
 def watched(page, home):

@@ -4,7 +4,6 @@ What the screen must show is computed here, by an `Explorer` of the same model a
 EVA9_CIFAR10=ROOT EVA9_SCREENSHOT=nbs/images/panel.png pytest tests/test_panel_browser.py -k cifar10 takes the docs' picture."""
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,8 +26,6 @@ from eva_session9.panel import Explorer, View, changed, logits_file, select, spr
 from eva_session9.preprocessing import loader, test_transforms as transforms
 from eva_session9.save_load import load_model, pretrained, save_model
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-if CHROMIUM is None: pytest.skip('Chromium is not installed: apt-get install chromium', allow_module_level=True)
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install playwright')
 pytest.importorskip('voila', reason='Voila is not installed: it comes with the extra app')
 
@@ -110,17 +107,7 @@ def lab(home):
     end(server)
 
 
-# The browser
-
-@pytest.fixture(scope='module')
-def browser():
-    "Chromium, without a way to anything but this machine."
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=CHROMIUM, args=[
-            '--no-sandbox', '--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1'])
-        yield chromium
-        chromium.close()
-
+# The page
 
 PIXELS = '''(image) => {
   if (!image || !image.complete || !image.naturalWidth) return null
@@ -363,7 +350,7 @@ def test_every_control_has_a_name(person):
     assert person.page.evaluate(unnamed) == []
 
 
-def test_nothing_is_loaded_from_elsewhere(home, voila, browser):
+def test_nothing_is_loaded_from_elsewhere(browser, voila):
     "A page of Voila asks for fonts on another server; it is told not to, so that it opens as fast without a network."
     page, failures = browser.new_page(), {}
     page.on('requestfailed', lambda request: failures.update({request.url: request.failure}))
