@@ -232,7 +232,8 @@ def eva9_explain(
         if bool(images) == bool(data):
             found = 'both image files and --data' if data else 'neither image files nor --data'
             raise ValueError(f"found {found}, expected one of the two, such as --data cifar10 for the library's own model")
-        if images and (root or limit is not None): raise ValueError('--root, --limit: found with image files, expected with --data alone')
+        unused = [flag for flag, value in (('--root', root), ('--limit', limit)) if value is not None]
+        if images and unused: raise ValueError(f'{" and ".join(unused)}: found with image files, expected with --data alone')
         if data: return _explain_mistakes(model, _sets(data, root, limit, model.card['size'])[1], method, layers, out)
         files, pictures, bad = _read_images(images, model.card['size'])
         for problem in bad: print(f'eva9_explain: skipped: {problem}', file=sys.stderr)
@@ -273,20 +274,19 @@ def _listed(names): return [name.strip() for name in names.split(',')]
 
 def _describe(names, heatmaps, classes):
     "An entry for each image, as plain data: its prediction, None if the logits are not finite, and its maps."
-    probability, predicted = heatmaps.logits.softmax(1).max(1)
-    return [{'image': name, 'predicted': None if p.isnan() else classes[k], 'probability': _number(p, 4),
+    (probability, predicted), finite = heatmaps.logits.softmax(1).max(1), heatmaps.logits.isfinite().all(1)
+    return [{'image': name, 'predicted': classes[k] if fine else None, 'probability': round(p.item(), 4) if fine else None,
              'layers': _describe_maps(heatmaps, i)}
-            for i, (name, p, k) in enumerate(zip(names, probability, predicted))]
+            for i, (name, p, k, fine) in enumerate(zip(names, probability, predicted, finite))]
 
 def _describe_maps(heatmaps, i):
     "Layer -> grid, largest value and status of image `i`'s map."
     from eva_session9.gradcam import Status
-    return {layer: {'grid': list(heatmaps.grid[layer]), 'largest': _number(raw[i].max()), 'status': str(Status(code.item()))}
+    return {layer: {'grid': list(heatmaps.grid[layer]), 'largest': _number(raw[i].max().item()), 'status': str(Status(code.item()))}
             for (layer, raw), code in zip(heatmaps.raw.items(), heatmaps.status[i])}
 
-def _number(value, digits=None):
+def _number(value):
     "A number for JSON, which has none that are not finite."
-    value = value.item() if digits is None else round(value.item(), digits)
     return value if math.isfinite(value) else None
 
 # %% ../nbs/11_cli.ipynb #eac1c779
@@ -413,8 +413,11 @@ def _panel_source(data, weights):
     from eva_session9.save_load import load_model
     if weights and not Path(weights).is_file(): raise ValueError(f'--weights: there is no file {weights}')
     if data is None and not weights: return default_source()
-    if data is None and not (data := trained_on(load_model(weights).card)):
-        raise ValueError(f'the card of {weights} does not say what the model was trained on; give --data')
+    if data is None:
+        data = trained_on(load_model(weights).card)
+        if not data: raise ValueError(f'the card of {weights} does not say what the model was trained on; give --data')
+        if data not in ('cifar10', 'shapes') and not Path(data).is_dir():
+            raise ValueError(f'the model in {weights} was trained on {data!r}, and there is no such folder here; give --data')
     if data == 'shapes' and not (weights := weights or newest_run()):
         raise ValueError('there is no model trained on shapes in a subfolder of this folder; run eva9_train --data shapes here, '
                          'or give --weights')

@@ -706,13 +706,13 @@ def _check_batches(batches):
 
 def _check_recipe(batches, config):
     "Raise for batches of this library that were made by another recipe; of others, only the size is known."
-    if not _ours(batches): return _warn_of_size(batches, config)
+    if not _ours(batches): return _warn_of_batch_size(batches, config)
     found, expected = (batches.batch_size, batches.dataset.seed), (config.batch_size, config.seed)
     if found != expected:
         raise ValueError('batch_size and seed: found {} and {} in the batches, {} and {} in the recipe, which would be recorded; '
                          'make the batches from the recipe, or change the recipe with `dataclasses.replace`'.format(*found, *expected))
 
-def _warn_of_size(batches, config):
+def _warn_of_batch_size(batches, config):
     "Warn if the batch size of a DataLoader is not the one that will be recorded."
     size = getattr(batches, 'batch_size', None)
     if isinstance(size, int) and size != config.batch_size:
@@ -805,7 +805,7 @@ def _read_run(out):
                    if name not in state]
         if missing: raise ValueError(f"it lacks {', '.join(missing)}")
         return History.from_dict(state['history']), state
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f'{out}: the newest checkpoint cannot be resumed by this version ({type(error).__name__}: {error}); '
                               'resume it with the version that wrote it, or choose another folder') from error
 

@@ -721,7 +721,7 @@ def nothing(view: View, classes: Sequence[str]) -> str:
 
 # %% ../nbs/10_panel.ipynb #3a169013
 def newest_run(folder: str | Path = '.') -> Path | None:
-    "Path of the weights of the newest `eva9_train --data shapes` run in a subfolder of `folder`; None if there is none."
+    "Path of the weights of the newest model in a subfolder of `folder` that was trained on shapes; None if there is none."
     cards = [card for card in Path(folder).glob('*/model.json') if _trained_on_in(card) == 'shapes']
     return max(cards, key=lambda card: card.stat().st_mtime).with_suffix('.safetensors') if cards else None
 
@@ -774,9 +774,10 @@ class Work(Thread):
 @atexit.register
 def _stop_all():
     "Stop all jobs before Python ends: a thread that is still inside PyTorch then would abort the process."
-    running = [thread for thread in running_threads() if isinstance(thread, Work)]
-    for work in running: work.stop()
-    for work in running: work.join(10)  # seconds, for one that waits for something else
+    for _ in range(2):  # the last act of a job may be to start another
+        running = [thread for thread in running_threads() if isinstance(thread, Work)]
+        for work in running: work.stop()
+        for work in running: work.join(10)  # seconds, for one that waits for something else
 
 # %% ../nbs/10_panel.ipynb #390a2f9d
 _CSS = Template('''<style>

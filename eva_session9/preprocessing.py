@@ -448,7 +448,7 @@ class Batches(Keyed):
                  drop_last: bool = False): # leave out the last batch where it is smaller
         n = len(images)
         if not isinstance(batch_size, Integral) or batch_size < 1 or drop_last and batch_size > n:
-            raise ValueError(f'batch_size: found {batch_size}, expected a whole number of 1 or more'
+            raise ValueError(f'batch_size: found {batch_size!r}, expected a whole number of 1 or more'
                              + f', at most {n}, the number of images' * drop_last)
         self.device, self.batch_size = pick_device(device), batch_size
         self.dataset, self.sampler = BatchedDataset(images, transform, seed, self.device), KeyedSampler(n, seed, shuffle)

@@ -12,6 +12,7 @@ from eva_session9.data import read_image, shapes
 from eva_session9.engine import Evaluation
 from eva_session9.models.resnet import resnet18
 from eva_session9.save_load import save_model
+from eva_session9.visual import plot_heatmaps
 
 SAMPLES = matplotlib.get_data_path()
 PHOTOGRAPH, DRAWING = f'{SAMPLES}/sample_data/grace_hopper.jpg', f'{SAMPLES}/sample_data/Minduka_Present_Blue_Pack.png'
@@ -112,9 +113,10 @@ def test_a_sheet_of_many_methods_and_layers_has_fewer_rows(tmp_path):
     assert sorted(path.name for path in (tmp_path / 'out').glob('*.png')) == ['heatmaps-2.png', 'heatmaps.png']
 
 
-def test_a_model_that_says_nothing_is_not_quoted(tmp_path):
+@pytest.mark.parametrize('bias', [[torch.nan] * 10, [-torch.inf] + [0] * 9])
+def test_a_model_that_says_nothing_is_not_quoted(bias, tmp_path):
     model = resnet18()
-    torch.nn.init.constant_(model.fc.bias, torch.nan)
+    with torch.no_grad(): model.fc.bias.copy_(torch.tensor(bias))
     card = dict(architecture='resnet18', classes=list('abcdefghij'), mean=[0.5] * 3, std=[0.2] * 3, size=32)
     save_model(model, tmp_path / 'model.safetensors', card)
     assert not eva9_explain(PHOTOGRAPH, weights=str(tmp_path / 'model.safetensors'), layers='layer4', out=str(tmp_path / 'out'))
@@ -163,7 +165,10 @@ def test_a_model_without_mistakes_is_explained_too(mistakes, tmp_path, monkeypat
     said = torch.where(torch.arange(12) < mistakes, (labels + 1) % 10, labels)
     evaluation = Evaluation(torch.arange(1, 13)[:, None] * torch.eye(10)[said], labels)
     monkeypatch.setattr('eva_session9.engine.test', lambda model, batches: evaluation)
+    beside = []
+    monkeypatch.setattr('eva_session9.visual.plot_heatmaps', lambda *given: beside.extend(given[2]) or plot_heatmaps(*given))
     assert not eva9_explain(weights=str(tmp_path / 'model.safetensors'), data='shapes', limit=12, out=str(tmp_path / 'out'))
     entries = explained(tmp_path / 'out')
     assert [entry['image'] for entry in entries] == [f'test image {i}' for i in (range(8) if not mistakes else (2, 1, 0))]
+    assert [label.split('\n')[0] for label in beside] == [f"true: {entry['true']}" for entry in entries]
     assert f'misclassified: {mistakes} of 12 test images' in capsys.readouterr().err

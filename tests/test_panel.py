@@ -321,6 +321,16 @@ def test_an_unclassified_set_can_be_browsed_and_is_classified_once(model, cache)
     assert torch.equal(again.explorer.set_logits, panel.explorer.set_logits)
 
 
+def test_a_classification_that_was_stopped_is_no_failure(model):
+    with held(model, most=1) as (begun, go_on):
+        panel = HeatmapPanel(model, IMAGES)
+        assert begun.wait(120)
+        panel.classifying.stop()
+        go_on.set()
+        panel.wait()
+    assert panel.notice == '' and panel.explorer.set_logits is None
+
+
 def test_other_weights_are_classified_anew(model, panel, cache):
     with torch.no_grad(): model.head[2].bias[4] += 1
     again = opened(model, IMAGES)

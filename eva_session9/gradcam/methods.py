@@ -122,12 +122,12 @@ def masked_logits(model: nn.Module,
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #d42205fe
 class _ManyPassesCAM(GradientFreeCAM):
-    "Base class of the methods that run the network once for each channel."
+    "Base class of the methods that may run the network, or its end, for each channel."
     def __init__(self,
                  model: nn.Module,
                  layers: str | nn.Module | Sequence[str | nn.Module],
                  classes: Sequence[str] | None = None,
-                 batch_size: int = 128): # images per forward pass; AblationCAM needs at least N, and 2 N in one
+                 batch_size: int = 128): # images per forward pass; for AblationCAM at least N, and once 2 N, even if less is given
         super().__init__(model, layers, classes)
         if batch_size < 1: raise ValueError(f'batch_size: found {batch_size}, expected 1 or more')
         self.batch_size = batch_size

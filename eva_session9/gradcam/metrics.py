@@ -329,7 +329,7 @@ def _estimate_statistics(model, redrawn, images):
 # %% ../../nbs/08c_gradcam.metrics.ipynb #320d3613
 def cascade(cam: CAM,               # a CAM method, such as `GradCAM(model, 'layer4')`
             images: Tensor,         # (N, 3, H, W), normalised
-            target: Tensor | None,  # a class for each image, (N,), or one for all; None: those that `cam` predicts
+            target: Tensor | None,  # a class for each image, (N,), or one for all images; None: those that are predicted
             stages: Sequence[str],  # module names, in order from output to input
             calibration: Tensor,    # images (M, 3, H, W), to estimate batch-norm statistics on
             seed: int = 0           # of the new weights
