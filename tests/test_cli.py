@@ -132,7 +132,8 @@ def test_rates_that_are_swept_together_are_suggested_together(tmp_path, swept):
     assert found['lr'] != 0.1 and found['muon_lr'] == pytest.approx(found['lr'] / 2)
 
 
-def test_a_folder_is_read_as_the_model_was_trained(tmp_path):
+def test_a_folder_is_read_as_the_model_was_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))  # where the panel keeps logits
     folder, weights = tmp_path / 'two words', tmp_path / 'model.safetensors'
     for name in ('one', 'two'):
         (folder / name).mkdir(parents=True)
@@ -147,3 +148,5 @@ def test_a_folder_is_read_as_the_model_was_trained(tmp_path):
     assert panel.explorer.images.images.shape[1:3] == (48, 48)
     eva9_explain(data=str(folder), weights=str(weights), out=str(tmp_path / 'out'))
     assert json.loads((tmp_path / 'out' / 'heatmaps.json').read_text())
+    folder.rename(tmp_path / 'elsewhere')
+    with pytest.raises(ValueError, match='there is no such folder here; give --data'): _panel_source(None, str(weights))

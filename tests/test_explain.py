@@ -3,6 +3,7 @@ import json, os, shutil, subprocess, sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -75,6 +76,8 @@ def test_gray_and_palette_photographs(tmp_path):
     photograph.convert('1').save(tmp_path / 'bits.png')
     assert not eva9_explain(*map(str, sorted(tmp_path.glob('*.png'))), layers='layer4', out=str(tmp_path / 'out'))
     assert [entry['image'].split('/')[-1] for entry in explained(tmp_path / 'out')] == ['bits.png', 'gray.png', 'palette.png']
+    for name, mode in (('gray', 'L'), ('palette', 'P'), ('bits', '1')):
+        assert (read_image(tmp_path / f'{name}.png') == np.asarray(photograph.convert(mode).convert('RGB'))).all(), name
 
 
 def test_bad_files_are_named_and_the_rest_goes_on(tmp_path, capsys):

@@ -23,7 +23,8 @@ from eva_session9.engine import fit, train_step
 from eva_session9.lr_finder import LRCurve, find_lr
 from eva_session9.preprocessing import loader, train_transforms
 
-peer = pytest.importorskip('torch_lr_finder')
+@pytest.fixture
+def peer(): return pytest.importorskip('torch_lr_finder', reason='needs torch-lr-finder, of the dev extra')
 RECIPE = Config(precision='fp32', epochs=2, batch_size=16, cutout=4)
 
 
@@ -62,7 +63,7 @@ def everything(net, optimizer, schedule):
 
 # Against torch-lr-finder
 
-def test_every_loss_of_a_sweep_is_the_peers():
+def test_every_loss_of_a_sweep_is_the_peers(peer):
     batches = DataLoader(pictures(), 16)
     net, criterion = tiny_net(), nn.CrossEntropyLoss()
     theirs = copy.deepcopy(net)
@@ -75,7 +76,7 @@ def test_every_loss_of_a_sweep_is_the_peers():
     np.testing.assert_allclose(curve.losses, finder.history['loss'], rtol=1e-5)
 
 
-def peer_steepest(lrs, losses):
+def peer_steepest(peer, lrs, losses):
     "What torch-lr-finder suggests for these raw losses, with its default smoothing."
     smooth = [losses[0]]
     for loss in losses[1:]: smooth.append(0.05 * loss + 0.95 * smooth[-1])
@@ -84,18 +85,18 @@ def peer_steepest(lrs, losses):
     return finder.plot(ax=matplotlib.figure.Figure().subplots())[1]
 
 
-def test_steepest_is_not_late_where_the_peers_is():
+def test_steepest_is_not_late_where_the_peers_is(peer):
     lrs = np.geomspace(1e-6, 10, 100)
     true = 2.3 - 0.9 / (1 + (0.063 / lrs)**1.45) + 0.0121 * lrs**3  # steepest at 0.063, lowest at 0.9
     sweeps = [(true + np.random.default_rng(seed).normal(0, 0.08, 100)).tolist() for seed in range(40)]
     ours = [LRCurve(lrs.tolist(), losses).suggestions['steepest'] for losses in sweeps]
-    theirs = [peer_steepest(lrs.tolist(), losses) for losses in sweeps]
+    theirs = [peer_steepest(peer, lrs.tolist(), losses) for losses in sweeps]
     assert 0.8 < np.median(ours) / 0.063 < 1.25
     assert np.median(theirs) / 0.063 > 2.5
     assert np.std(np.log10(ours)) < np.std(np.log10(theirs))
 
 
-def test_an_attached_scheduler_stops_the_peer_only():
+def test_an_attached_scheduler_stops_the_peer_only(peer):
     net = tiny_net()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     lr_scheduler.StepLR(optimizer, 1)

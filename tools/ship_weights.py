@@ -1,12 +1,12 @@
 """Ship a finished run: its model as the package's float16 weights, tested as shipped; with a NAME, its record as results/NAME.json.
 
+    python benchmarks/reproduce.py --config fast --seeds 1 --keep eva9-fast --out results/fast_cpu.json
+    python tools/ship_weights.py eva9-fast/seed-42
+
+made the weights that come with the library. A run of `eva9_train`, and its record, would replace them by
+
     eva9_train --data cifar10 --out eva9-session9
     python tools/ship_weights.py eva9-session9 session9
-
-or, of the runs that a benchmark made and recorded,
-
-    python benchmarks/reproduce.py --config fast --keep eva9-fast --out results/fast.json
-    python tools/ship_weights.py eva9-fast/seed-42
 
 The accuracy on the card is that of the shipped file, on the 10,000 test images; --root names the folder of CIFAR-10."""
 import argparse
