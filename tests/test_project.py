@@ -182,13 +182,13 @@ def unsafe(tree):
         if 'pickle' in names or module == 'pickle' and not {*names} <= {'PicklingError', 'UnpicklingError'}: yield node.lineno, 'pickle'
         if isinstance(node, ast.ExceptHandler):
             kinds = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else set()
-            idle = all(isinstance(line, ast.Pass) or isinstance(getattr(line, 'value', None), ast.Constant) for line in node.body)
+            idle = all(isinstance(line, ast.Pass) or isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in node.body)
             if node.type is None or idle and kinds & {'Exception', 'BaseException'}: yield node.lineno, 'bare or silent except'
         if not isinstance(node, ast.Call): continue
         called = ast.unparse(node.func)
         given = {k.arg: ast.unparse(k.value) for k in node.keywords}
         if called in ('eval', 'exec', 'builtins.eval', 'builtins.exec'): yield node.lineno, called
-        loads = called.rpartition('.')[2] == 'load' and called not in ('json.load', 'np.load', 'History.load', 'LRCurve.load')
+        loads = called.rpartition('.')[2] == 'load' and called not in ('json.load', 'np.load')
         if loads and given.get('weights_only') != 'True': yield node.lineno, 'unrestricted load'
         if given.get('weights_only') == 'False' or given.get('allow_pickle') == 'True': yield node.lineno, 'unpickling'
 
