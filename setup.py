@@ -41,7 +41,8 @@ setup(
     extras_require={'app': cfg['app_requirements'].split(), 'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split('\n'), 'nbdev': [f'{name}={name}._modidx:d']},
     classifiers=[
-        f"Development Status :: {stages[int(cfg['status']) - 1]}", *(f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)),
+        f"Development Status :: {stages[int(cfg['status']) - 1]}",
+        *(f'Programming Language :: Python :: 3.{minor}' for minor in (11, 12, 13)),
         'Intended Audience :: Education', 'Intended Audience :: Science/Research',
         'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     zip_safe=False)

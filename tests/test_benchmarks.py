@@ -33,7 +33,8 @@ def code_in(code):
 @pytest.mark.parametrize('path', sorted((ROOT / 'benchmarks').glob('*.py')), ids=lambda path: path.name)
 def test_every_name_that_a_benchmark_uses_is_defined(path):
     known = run_path(path) | vars(builtins)  # by its path, as tools/ has a docs.py too
-    found = {step.argval for code in code_in(compile(path.read_text(), path.name, 'exec')) for step in dis.get_instructions(code) if step.opname == 'LOAD_GLOBAL'}
+    found = {step.argval for code in code_in(compile(path.read_text(), path.name, 'exec'))
+             for step in dis.get_instructions(code) if step.opname == 'LOAD_GLOBAL'}
     assert found <= known.keys(), found - known.keys()
 
 
@@ -107,13 +108,15 @@ def test_images_of_half_the_side_are_means_of_four_pixels():
 
 
 def test_a_trained_network_can_be_kept_and_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, 'argv', f"""ablate.py --data shapes --limit 60 --hold-out 20 --seeds 1 --set epochs=1 --set batch_size=20 --set lookahead=0
-        --set sizes=[8] --set precision=fp32 --variant muon_lr=0 --keep {tmp_path}/kept --out {tmp_path}/found.json""".split())
+    monkeypatch.setattr(sys, 'argv', f"""ablate.py --data shapes --limit 60 --hold-out 20 --seeds 1
+        --set epochs=1 --set batch_size=20 --set lookahead=0 --set sizes=[8] --set precision=fp32
+        --variant muon_lr=0 --keep {tmp_path}/kept --out {tmp_path}/found.json""".split())
     ablate.main()
     found = json.loads((tmp_path / 'found.json').read_text())
     for name in (WHOLE, 'muon_lr=0'):
         card = networks.loaded(f'{tmp_path}/kept/{name}/seed-42').card
-        assert card['accuracy'] == found['trained'][name][0]['accuracy'] and card['recipe']['muon_lr'] == found['question']['recipes'][name]['muon_lr']
+        assert card['accuracy'] == found['trained'][name][0]['accuracy']
+        assert card['recipe']['muon_lr'] == found['question']['recipes'][name]['muon_lr']
     with pytest.raises(SystemExit): networks.loaded('no such commit or folder')
 
 
@@ -122,7 +125,8 @@ def test_a_part_of_the_study_measured_anew_leaves_the_others(tmp_path):
     assert json.loads((tmp_path / 'study.json').read_text()) == {'shapes': 3, 'cifar10': 2}
 
 
-@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'results').glob('*_[cg]pu.json') if 'reproduce.py' in path.read_text()))
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'results').glob('*_[cg]pu.json')
+                                        if 'reproduce.py' in path.read_text()))
 def test_the_recorded_command_gives_the_recorded_recipe(name):
     run = json.loads((ROOT / f'results/{name}.json').read_text())
     words = shlex.split(run['command'])
@@ -143,7 +147,8 @@ def test_the_recorded_command_asks_the_recorded_question(name):
     assert recorded.keys() == run['trained'].keys()
 
 
-@pytest.mark.parametrize('arguments, reason', [(['--variant', 'seed=7'], 'found seed='), (['--set', 'seed=7'], 'found seed='), (['--jobs', '0'], '--jobs: found 0')])
+@pytest.mark.parametrize('arguments, reason', [
+    (['--variant', 'seed=7'], 'found seed='), (['--set', 'seed=7'], 'found seed='), (['--jobs', '0'], '--jobs: found 0')])
 def test_ablate_refuses_what_would_compare_the_recipe_with_itself(monkeypatch, arguments, reason):
     monkeypatch.setattr(sys, 'argv', ['ablate.py', *arguments])
     with pytest.raises(SystemExit, match=reason): ablate.main()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eva_session9.cli import _command, _config, _launcher, _panel, _panel_source, _print, _sets, eva9_explain, eva9_find_lr, eva9_summary, eva9_train
+from eva_session9.cli import (_command, _config, _launcher, _panel, _panel_source, _print, _sets,
+                              eva9_explain, eva9_find_lr, eva9_summary, eva9_train)
 from eva_session9.lr_finder import LRCurve
 from eva_session9.models.resnet import resnet18
 from eva_session9.save_load import load_model, pretrained, save_model
@@ -30,7 +31,8 @@ def test_help_says_what_each_flag_is_for(command):
 
 
 @pytest.mark.parametrize('text, said', [
-    ('{"lr": 0.1', 'Expecting'), ('[]', 'found list, expected an object'), ('{"learning_rate": 0.1}', 'learning_rate'), ('{"lr": -1}', 'Config.lr: found -1')])
+    ('{"lr": 0.1', 'Expecting'), ('[]', 'found list, expected an object'), ('{"learning_rate": 0.1}', 'learning_rate'),
+    ('{"lr": -1}', 'Config.lr: found -1')])
 def test_a_bad_recipe_is_named(text, said, tmp_path, capsys):
     recipe = tmp_path / 'mine.json'
     recipe.write_text(text)
@@ -50,8 +52,8 @@ def test_two_processes_train_as_one(tmp_path):
     command = ['eva9_train', '--data', 'shapes', '--config', 'mine.json', '--limit', '32']
     launcher = ['torchrun', '--standalone', '--nproc-per-node', '2', '--no-python']
     scripts = Path(sys.executable).parent
-    done = subprocess.run([scripts / launcher[0], *launcher[1:], scripts / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    done = subprocess.run([scripts / launcher[0], *launcher[1:], scripts / command[0], *command[1:]],
+                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('test accuracy') == 1
     record = json.loads((tmp_path / 'eva9-train' / 'history.json').read_text())
@@ -65,7 +67,8 @@ def test_fewer_epochs_than_sizes_use_the_last_sizes():
     with pytest.raises(ValueError, match='Config.epochs: found 0'): _config('laptop', 0)
 
 
-@pytest.mark.parametrize('hardware, launcher', [('2 x AMD EPYC, 1 threads', 'torchrun --standalone --nproc-per-node 2 --no-python '), ('AMD EPYC, 2 threads', '')])
+@pytest.mark.parametrize('hardware, launcher', [
+    ('2 x AMD EPYC, 1 threads', 'torchrun --standalone --nproc-per-node 2 --no-python '), ('AMD EPYC, 2 threads', '')])
 def test_the_command_starts_as_many_processes_as_the_record_has(hardware, launcher): assert _launcher(hardware) == launcher
 
 
@@ -115,7 +118,8 @@ def test_a_sweep_can_begin_with_the_librarys_own_model(tmp_path, swept):
     (model, _, recipe), = swept
     assert recipe.pretrained and torch.equal(model.conv1.weight, pretrained().conv1.weight)
     assert json.loads((tmp_path / 'recipe.json').read_text())['pretrained']
-    assert json.loads((tmp_path / 'find_lr.json').read_text())['command'].endswith('--pretrained --start 1e-05 --end 1.0 --steps 100 --limit 32')
+    command = json.loads((tmp_path / 'find_lr.json').read_text())['command']
+    assert command.endswith('--pretrained --start 1e-05 --end 1.0 --steps 100 --limit 32')
 
 
 @pytest.mark.parametrize('config, hinted', [('session9', False), ('laptop', True)])

@@ -30,7 +30,8 @@ def run(name, *layers, n=24, loader={}, **changes):
     batches = DataLoader(TensorDataset(images[:n], labels[:n]), **{'batch_size': 8, 'shuffle': True, **loader})
     recipe = Config(**{'epochs': 2, 'batch_size': 8, 'lr': 0.05, 'precision': 'fp32', **changes})
     history = engine.fit(model, batches, None, recipe, 'cpu', f'{sys.argv[1]}/{name}')
-    return {'state': model.state_dict(), 'losses': [epoch['train_loss'] for epoch in history.epochs], 'precision': history.precision, 'seen': torch.cat(seen), 'first features': features[0]}
+    return {'state': model.state_dict(), 'losses': [epoch['train_loss'] for epoch in history.epochs], 'precision': history.precision,
+            'seen': torch.cat(seen), 'first features': features[0]}
 
 def refused(*arguments, **options):
     try: run(*arguments, **options)
@@ -91,7 +92,8 @@ def ended(folder, *launcher):
     folder.mkdir()
     script = folder / 'train.py'
     script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'TQDM_DISABLE': '1'})
+    done = subprocess.run([sys.executable, *launcher, script, folder], capture_output=True, text=True,
+                          env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'TQDM_DISABLE': '1'})
     assert done.returncode == 0, done.stderr
     assert 'epoch/s' not in done.stderr  # no progress bar, as tqdm's variable says
     assert done.stdout.count('put all of the training into one block') == (2 if launcher else 0)
@@ -143,7 +145,8 @@ def test_running_statistics_are_those_of_the_first_share(found):
 
 
 @pytest.mark.parametrize('kind, said', [
-    ('again', 'holds a run already'), ('nan', 'the loss is nan at learning rate 0.05, step 0'), ('sampler', 'found a DistributedSampler, expected none'), ('odd', 'found 9 for 2 processes, expected a multiple of 2'),
+    ('again', 'holds a run already'), ('nan', 'the loss is nan at learning rate 0.05, step 0'),
+    ('sampler', 'found a DistributedSampler, expected none'), ('odd', 'found 9 for 2 processes, expected a multiple of 2'),
     ('unused', 'the output does not depend on 1.layer.weight, 1.layer.bias')])
 def test_all_processes_refuse_alike(found, kind, said):
     assert said in found['0'][kind] and found['0'][kind] == found['1'][kind]

@@ -95,7 +95,8 @@ def test_every_page_fits_and_is_quiet(home, browser, width):
     page.close()
 
 
-@pytest.mark.parametrize('words, where', [('GradCAM', 'gradcam.cam.html'), ('find_lr', 'lr_finder.html'), ('reflected border', 'preprocessing.html')])
+@pytest.mark.parametrize('words, where', [
+    ('GradCAM', 'gradcam.cam.html'), ('find_lr', 'lr_finder.html'), ('reflected border', 'preprocessing.html')])
 def test_search_finds_names_and_prose(home, browser, words, where):
     page = browser.new_page(viewport={'width': 1280, 'height': 800})
     wrong = watched(page, home)

@@ -179,7 +179,8 @@ def test_spawned_workers_give_the_bytes_of_forked_ones():
 def test_freed_memory_is_kept():
     "As `fit` asks on a processor: a freed tensor of 256 MB stays with the process, and does not otherwise."
     def resident(before):
-        code = f'import torch; from eva_session9.engine import _keep_memory; {before}; x = torch.ones(2**26); del x; print(open("/proc/self/statm").read())'
+        code = ('import torch; from eva_session9.engine import _keep_memory; '
+                f'{before}; x = torch.ones(2**26); del x; print(open("/proc/self/statm").read())')
         said = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout
         return int(said.split()[1]) * resource.getpagesize()
     assert resident('_keep_memory()') - resident('pass') > 200e6

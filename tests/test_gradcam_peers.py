@@ -96,7 +96,8 @@ class OnGrid(nn.Module):
 def test_maps_of_a_transformer_agree_with_its_reshape_transform():
     from torchvision.models import VisionTransformer
     torch.manual_seed(0)
-    vit = VisionTransformer(image_size=32, patch_size=4, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10).double().eval()
+    vit = VisionTransformer(image_size=32, patch_size=4, num_layers=3, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10)
+    vit.double().eval()
     nn.init.normal_(vit.heads.head.weight)
     images, classes = batch((32, 32), 5)
     images, last = images.double(), vit.encoder.layers[-1]

@@ -126,7 +126,8 @@ class Interrupted:
             yield batch
 
 
-@pytest.mark.parametrize('kind, schedule', [('SGD', 'OneCycleLR'), ('SGD', 'ReduceLROnPlateau'), ('AdamW', 'StepLR'), ('AdamW', 'LinearLR')])
+@pytest.mark.parametrize('kind, schedule', [
+    ('SGD', 'OneCycleLR'), ('SGD', 'ReduceLROnPlateau'), ('AdamW', 'StepLR'), ('AdamW', 'LinearLR')])
 @pytest.mark.parametrize('how', ['to the end', 'diverges', 'error', 'ctrl-c'])
 def test_nothing_is_changed(kind, schedule, how, tmp_path, monkeypatch):
     net = tiny_net().to(memory_format=torch.channels_last)

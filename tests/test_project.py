@@ -3,6 +3,7 @@ import ast, base64, hashlib, json, os, re, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from nbdev.config import get_config
@@ -16,6 +17,7 @@ PACKAGE = ROOT / 'eva_session9'
 NOTEBOOKS = sorted(p for p in (ROOT / 'nbs').glob('*.ipynb') if not p.name.startswith('_'))
 RESULTS = sorted((ROOT / 'results').glob('*.json'))
 SOURCES = sorted(PACKAGE.rglob('*.py'))
+SCRIPTS = [ROOT / 'setup.py', *(path for name in ('tests', 'benchmarks', 'tools') for path in sorted((ROOT / name).glob('*.py')))]
 TREES = {path: ast.parse(path.read_text(encoding='utf-8')) for path in SOURCES}
 
 OWNERS = {'albumentations': 'preprocessing', 'cv2': 'preprocessing', 'matplotlib': 'visual', 'ipywidgets': 'panel'}
@@ -126,9 +128,18 @@ def test_heavy_dependencies_have_one_owner(path):
         assert owner == module_name(path), f'only {owner} may import {name}'
 
 
-@each([path for path in SOURCES if path.name != '_modidx.py'])
+@each([path for path in [*SOURCES, *SCRIPTS] if path.name != '_modidx.py'])
 def test_no_line_of_code_is_too_long_to_be_read(path):
     assert max(map(len, path.read_text(encoding='utf-8').splitlines()), default=0) <= 140
+
+
+def test_the_readme_shown_elsewhere_links_to_addresses(monkeypatch):
+    found = {}
+    monkeypatch.setattr('setuptools.setup', found.update)
+    monkeypatch.setattr('setuptools.find_packages', lambda include: include)
+    run_path(ROOT / 'setup.py')
+    links = re.findall(r'\]\(([^)]+)\)', found['long_description'])
+    assert links and all(link.startswith('https://') for link in links)
 
 
 def test_every_import_is_a_declared_requirement():
@@ -182,7 +193,8 @@ def unsafe(tree):
         if 'pickle' in names or module == 'pickle' and not {*names} <= {'PicklingError', 'UnpicklingError'}: yield node.lineno, 'pickle'
         if isinstance(node, ast.ExceptHandler):
             kinds = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else set()
-            idle = all(isinstance(line, ast.Pass) or isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in node.body)
+            idle = all(isinstance(line, ast.Pass) or isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+                       for line in node.body)
             if node.type is None or idle and kinds & {'Exception', 'BaseException'}: yield node.lineno, 'bare or silent except'
         if not isinstance(node, ast.Call): continue
         called = ast.unparse(node.func)
