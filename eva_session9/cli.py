@@ -73,17 +73,22 @@ def _sets(data, root=None, limit=None, size=32):
 def _check_data(data, root, limit):
     "Raise for flags that name no data, or that do not fit it."
     if limit is not None and limit < 1: raise ValueError(f'--limit: found {limit}, expected at least 1')
-    if data not in ('cifar10', 'shapes') and not (data and Path(data).is_dir()):  # '' would be the current folder
+    if data not in ('cifar10', 'shapes') and not (data and Path(data).expanduser().is_dir()):  # '' would be the current folder
         raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder with classes")
     if root and data != 'cifar10': raise ValueError(f'--root: found {root}, the folder of CIFAR-10, with --data {data}; use --data cifar10')
 
 # %% ../nbs/11_cli.ipynb #fb509dbb
+def _print(text):
+    "Print a text or a path, with question marks for what the terminal cannot show."
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(str(text).encode(encoding, 'replace').decode(encoding))
+
 def _draw(figures, out):
     "Save each of the (name, figure) pairs as soon as it is drawn, and print its path."
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures:
         figure.savefig(out / f'{name}.png')
-        print(out / f'{name}.png')
+        _print(out / f'{name}.png')
 
 # %% ../nbs/11_cli.ipynb #c4c9e58f
 @call_parse
@@ -104,7 +109,7 @@ def eva9_train(
         from eva_session9.engine import fit, test
         from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import checkpoints, recipe_model
-        recipe, sets, out = _config(config, epochs, pretrained), _sets(data, root, limit), Path(out)
+        recipe, sets, out = _config(config, epochs, pretrained), _sets(data, root, limit), Path(out).expanduser()
         train_batches, test_batches = recipe_batches(recipe, *sets)
         cudnn.benchmark = True  # without effect on a CPU
         seed_everything(recipe.seed)
@@ -120,7 +125,7 @@ def eva9_train(
         history.save(out / 'history.json')
         _draw(_training_figures(model, sets, train_batches, history, evaluation), out)
         n = len(history.epochs)
-        print(f'test accuracy {evaluation.accuracy:.2%} after {n} epoch{"s" * (n > 1)}; everything is in {out}/')
+        _print(f'test accuracy {evaluation.accuracy:.2%} after {n} epoch{"s" * (n > 1)}; everything is in {out}/')
 
 # %% ../nbs/11_cli.ipynb #eb0e43b5
 @contextmanager
@@ -194,7 +199,7 @@ def eva9_find_lr(
         from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import recipe_model, write_atomically
         from eva_session9.visual import plot_lr
-        recipe, sets, out = _config(config, pretrained=pretrained), _sets(data, root, limit), Path(out)
+        recipe, sets, out = _config(config, pretrained=pretrained), _sets(data, root, limit), Path(out).expanduser()
         _check_writable(out)
         seed_everything(recipe.seed)
         model = recipe_model(recipe, len(sets[0].classes))
@@ -209,7 +214,7 @@ def eva9_find_lr(
         if recipe.warmup:
             print('the recipe lowers the learning rate to zero, so rates up to three times the suggested one are worth trying')
         again = _command('eva9_train', data, (out / 'recipe.json').as_posix(), root=root, limit=limit)
-        print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
+        _print(f'suggested learning rate {curve.lr:.3g}; train with it: {again}')
 
 # %% ../nbs/11_cli.ipynb #f535de49
 @call_parse
@@ -228,7 +233,7 @@ def eva9_explain(
     with _one_line_errors('eva9_explain'):
         from eva_session9.save_load import load_model, pretrained
         from eva_session9.config import pick_device
-        model, out = (load_model(weights) if weights else pretrained()).to(pick_device()), Path(out)
+        model, out = (load_model(weights) if weights else pretrained()).to(pick_device()), Path(out).expanduser()
         if bool(images) == bool(data):
             found = 'both image files and --data' if data else 'neither image files nor --data'
             raise ValueError(f"found {found}, expected one of the two, such as --data cifar10 for the library's own model")
@@ -247,12 +252,16 @@ def _read_images(paths, size):
     "The files that can be read as images, their pixels, and the reasons why others cannot."
     import numpy as np
     from eva_session9.data import _visible, fit_square, read_image
-    found = [file for path in map(Path, paths) for file in (filter(Path.is_file, _visible(path)) if path.is_dir() else [path])]
     files, pictures, bad = [], [], []
-    for file in found:
-        try: pictures.append(fit_square(read_image(file), size))
-        except (ValueError, OSError) as error: bad.append(str(error))
-        else: files.append(file)
+    for path in map(Path, paths):
+        try: found = [file for file in _visible(path) if file.is_file()] if path.is_dir() else [path]
+        except OSError as error:
+            bad.append(str(error))
+            continue
+        for file in found:
+            try: pictures.append(fit_square(read_image(file), size))
+            except (ValueError, OSError) as error: bad.append(str(error))
+            else: files.append(file)
     print(f'{len(files)} image{"s" * (len(files) != 1)}, shorter side resized to {size} pixels and cropped to the centre', file=sys.stderr)
     return files, np.stack(pictures) if pictures else None, bad
 
@@ -306,11 +315,6 @@ def _explain_images(model, files, pictures, method, layers, out):
     _write_numbers(found, out, -(-len(files) // rows))
     for entry in found: _print(f"{entry['image']}: " + _prediction(entry).replace('\n', ' '))
 
-def _print(text):
-    "Print text, with question marks for what the terminal cannot show."
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'replace').decode(encoding))
-
 def _prediction(entry):
     "The predicted class and its probability in an entry."
     return '{predicted} {probability:.0%}'.format(**entry) if entry['predicted'] else 'no prediction:\nthe logits are not finite'
@@ -356,7 +360,7 @@ def _write_numbers(found, out, sheets):
         number = path.stem.removeprefix('heatmaps-')
         if number.isdigit() and int(number) > sheets: path.unlink()
     write_atomically(out / 'heatmaps.json', json.dumps(found, indent=1, allow_nan=False).encode())
-    print(out / 'heatmaps.json')
+    _print(out / 'heatmaps.json')
 
 # %% ../nbs/11_cli.ipynb #42c33088
 @call_parse
@@ -374,10 +378,10 @@ def eva9_summary(
         from eva_session9.save_load import load_model, write_atomically
         from eva_session9.summary import summary
         model = load_model(weights) if weights else make_model(_config(config).architecture, 10)
-        table, out = summary(model, (3, size, size)), Path(out)
+        table, out = summary(model, (3, size, size)), Path(out).expanduser()
         write_atomically(out / 'summary.txt', str(table).encode())
-        _print(str(table))  # not every terminal can show the lines of a tree
-        print(out / 'summary.txt')
+        _print(table)  # not every terminal can show the lines of a tree
+        _print(out / 'summary.txt')
 
 # %% ../nbs/11_cli.ipynb #428a3cd8
 @call_parse

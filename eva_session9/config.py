@@ -12,6 +12,7 @@ import os, platform, random
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Config:
         for field in fields(self):
             value = getattr(self, field.name)
             _check(field, value)
-            object.__setattr__(self, field.name, field.type(value))  # plain, also where NumPy or an int gave it
+            object.__setattr__(self, field.name, field.type(value))  # plain
         _check_together(self)
 
     def __repr__(self):
@@ -101,7 +102,7 @@ _CHOICES = {
 def _check(field, value):
     "Raise unless `value` has the type and the range of `field`."
     name = field.name
-    allowed = (int, float) if field.type is float else field.type
+    allowed = {int: Integral, float: Real}.get(field.type, field.type)  # also NumPy's
     if not isinstance(value, allowed) or isinstance(value, bool) != (field.type is bool):
         raise TypeError(f'Config.{name}: found {value!r} ({type(value).__name__}), expected {field.type.__name__}')
     if name in _CHOICES and value not in _CHOICES[name]:
@@ -139,6 +140,7 @@ def config_from(values: dict # field name -> value, as `dataclasses.asdict` give
 # %% ../nbs/00_config.ipynb #83c5e3c6
 def seed_everything(seed: int): # 0 to 2**32 - 1
     "Seed Python's, NumPy's and PyTorch's global generators (CUDA included)."
+    seed = int(seed)  # Python's generator takes no other
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

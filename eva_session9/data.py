@@ -112,9 +112,10 @@ def read_image(file: str | Path | BinaryIO # a path, or a file open for reading 
               ) -> np.ndarray: # uint8 (H, W, 3), RGB
     """A PNG, JPEG or WebP image of any mode, as RGB.
 
-    Another format, a damaged file, or one above `MAX_BYTES` or `MAX_PIXELS` raises `ValueError`. The EXIF orientation is applied. Gray is
-    repeated, 16-bit gray keeps its upper eight bits, transparency is composited on white (a single transparent colour only in files of 8
-    bits, and of 16 in gray), palettes and CMYK are converted without colour profiles, and an animation gives its first frame."""
+    Another format, a damaged file, or one above `MAX_BYTES` or `MAX_PIXELS` raises `ValueError`. The EXIF orientation is applied, if it is
+    not damaged. Gray is repeated, 16-bit gray keeps its upper eight bits, transparency is composited on white (a single transparent colour
+    only in files of 8 bits, and of 16 in gray), palettes and CMYK are converted without colour profiles, and an animation gives its first
+    frame."""
     data, name = _read_bytes(file)
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
@@ -148,7 +149,8 @@ _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: 
 
 def _upright(image):
     "The image turned as its EXIF says."
-    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    try: turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, struct.error): return image  # damaged EXIF says nothing of the pixels
     return image if turn is None else image.transpose(turn)
 
 def _rgb(image):
@@ -226,7 +228,7 @@ def _is_class(path):
 
 def _visible(folder):
     "What is in the folder, sorted, but for hidden files and those that Windows leaves there."
-    return sorted(p for p in folder.iterdir() if p.name[0] != '.' and p.name not in ('Thumbs.db', 'desktop.ini'))
+    return sorted(p for p in folder.iterdir() if p.name[0] != '.' and p.name.lower() not in ('thumbs.db', 'desktop.ini'))
 
 def _split(files, seed):
     """Four fifths and one fifth of each class, at least one image in either.

@@ -189,9 +189,10 @@ def _checked_pair(batch, device):
     parts = batch if isinstance(batch, list | tuple) else [batch]
     if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
         x, y = (part.to(device, non_blocking=True) for part in parts)
-        if x.is_floating_point() and y.dtype == torch.int64 and y.shape == x.shape[:1]: return x, y
+        if x.is_floating_point() and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y): return x, y
     found = ' and '.join(f'{part.dtype} {tuple(part.shape)}' if isinstance(part, Tensor) else type(part).__name__ for part in parts)
-    raise TypeError(f'batches: found {found}, expected two tensors a batch: images, float (B, 3, H, W), and labels, int64 (B,)')
+    raise TypeError(f'batches: found {found}, expected two tensors a batch: images, float (B, 3, H, W), and labels, int64 (B,), '
+                    'with B of 1 or more')
 
 def _ours(batches):
     "Whether the batches are of this library, which know the images in each batch."
@@ -199,7 +200,8 @@ def _ours(batches):
 
 def _train_mode(model):
     "Train mode, but for normalisation whose own parameters are frozen: its statistics stay what they are."
-    for module in model.train().modules():
+    model.train()
+    for module in model.modules():
         own = list(module.parameters(recurse=False)) if isinstance(module, nn.modules.batchnorm._NormBase) else []
         if own and not any(p.requires_grad for p in own): module.eval()
 
@@ -307,6 +309,7 @@ def test(model: nn.Module,        # on its device; its train flags are restored
                 except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
                 labels.append(y.cpu())
     finally:
+        model.train(flags[model])  # for layers that act on it
         for module, flag in flags.items(): module.training = flag
     if not labels: raise ValueError(_NO_BATCHES.format('test'))
     logits, labels = torch.cat(logits), torch.cat(labels)
@@ -331,7 +334,8 @@ def faster_precision(model: nn.Module, # on its device; not changed
     "Time training steps in float32 and in bfloat16 on copies of the model, and return the faster."
     fastest, limit, before = {}, math.inf, rng_state()
     for precision in ('fp32', 'bf16'):
-        trial = prepare(_copied(model), precision).train()
+        trial = prepare(_copied(model), precision)
+        _train_mode(trial)
         optimizer, times = torch.optim.SGD(trial.parameters(), lr=0.0), []
         while len(times) < steps and sum(times) < limit:
             start = time.perf_counter()
@@ -383,7 +387,7 @@ class History:
 
     def save(self, path: str | Path): # a JSON file
         "Write the record as JSON, with null for numbers that are not finite."
-        epochs = [{name: None if value != value or value in (math.inf, -math.inf) else value for name, value in epoch.items()}
+        epochs = [{name: value if math.isfinite(value) else None for name, value in epoch.items()}
                   for epoch in self.epochs]
         write_atomically(Path(path), json.dumps({**self.to_dict(), 'history': epochs}, indent=1, allow_nan=False).encode())
 
@@ -476,7 +480,7 @@ def fit(model: nn.Module,                     # trained in place, and moved to t
 
     Batch normalisation whose parameters are frozen is kept in eval mode. The weights are the same on the same machine (on a GPU, with
     `torch.backends.cudnn.deterministic` set and without `compile`) and for batches that depend only on `set_epoch`, PyTorch's global
-    generators, and those of a DataLoader and its sampler (not on those of persistent workers). Raises `FloatingPointError` for a loss or
+    generators, and those of a DataLoader and its samplers (not on those of persistent workers). Raises `FloatingPointError` for a loss or
     weights that are not finite; `MemoryError` for batches too large for a GPU; `FileExistsError` for a folder that holds a run (unless
     `resume` is set) or in which another process trains; `ValueError` for a folder that holds another run, batches of another recipe, with
     `warmup` or `lookahead` more of them than their length, frozen models, in several processes also parameters that the output does not
@@ -836,8 +840,9 @@ def _same_machine(history, state, device):
 
 def _restore(parts, batches, state, out):
     "Load the state of a checkpoint into all parts of a run; a network that does not fit raises, and is not changed."
-    shapes = [{name: value.shape for name, value in values.items()} for values in (parts['model'].state_dict(), state['model'])]
-    if shapes[0] != shapes[1]:
+    now, then = ({name: (getattr(value, 'shape', None), getattr(value, 'dtype', None)) for name, value in values.items()}
+                 for values in (parts['model'].state_dict(), state['model']))
+    if now != then:
         raise ValueError(f'{out} holds a run of another network; choose another folder, or train the network that it was begun with')
     for name, part in parts.items(): part.load_state_dict(state[name])
     set_rng_state(state['rng'])
@@ -853,10 +858,10 @@ def _state(parts, batches, history):
             'history': history.to_dict(), 'data': _data(batches), 'threads': torch.get_num_threads()}
 
 def _generators(batches):
-    "The generators of their own that a DataLoader and its sampler draw from."
-    owners = batches, getattr(batches, 'sampler', None), getattr(getattr(batches, 'batch_sampler', None), 'sampler', None)
-    found = (getattr(owner, 'generator', None) for owner in owners)
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
+    "The generators of their own that a DataLoader and its samplers hold."
+    batch_sampler = getattr(batches, 'batch_sampler', None)
+    owners = batches, getattr(batches, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None)
+    return [value for owner in owners for value in getattr(owner, '__dict__', {}).values() if isinstance(value, torch.Generator)]
 
 def _data(batches):
     "What a checkpoint remembers of the data: batches an epoch, and where the batches know them, the hash of the set and the transforms."

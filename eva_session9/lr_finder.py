@@ -71,7 +71,7 @@ class LRCurve:
 def _even(lrs):
     "Whether the rates are ascending, and about evenly spaced on a log scale."
     if len(lrs) < 2: return True
-    if min(lrs) <= 0: return False
+    if not 0 < min(lrs) <= max(lrs) < math.inf: return False
     steps = np.diff(np.log(lrs))
     return steps.min() > 0 and steps.max() <= 1.25 * steps.min()
 
@@ -196,7 +196,9 @@ def _copies(model, optimizer, config, device):
     theirs = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not theirs <= {id(p) for p in model.parameters()}:
         raise ValueError('the optimizer holds parameters that the model does not; build it from model.parameters()')
-    trial, trial_optimizer = _copied(model, optimizer)
+    own = {name: value for name, value in vars(optimizer).items() if name != 'step'}  # which a schedule binds to the original
+    trial, trial_optimizer, own = _copied(model, optimizer, own)
+    for name, value in own.items(): vars(trial_optimizer).setdefault(name, value)  # PyTorch does not copy what a subclass adds
     _train_mode(trial.to(device))
     trial_optimizer.load_state_dict(trial_optimizer.state_dict())  # moves the momentum to where the weights went
     return trial, trial_optimizer
@@ -288,7 +290,8 @@ def find_lr(model: nn.Module,                   # not touched: a copy of it is t
            ) -> LRCurve:
     """The learning-rate range test ([Smith 2015](https://arxiv.org/abs/1506.01186), section 3.3), with exponentially rising rates.
 
-    Has no side effects. Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises
+    Restores the global generators, and the attributes and generators of the loader and its samplers; not randomness that a data set of your
+    own holds. Ends early if the loss diverges or is not finite; if the very first loss is not finite, raises
     `FloatingPointError`. Frozen models, batches that can be read only once or, without `optimizer`, are of another recipe, labels out of
     range (on a GPU, CUDA's own error), and sets with more classes than the model has outputs raise `ValueError`, batches too large for a
     GPU `MemoryError`, a config or batches of the wrong type `TypeError`. Each of the curve's `caveats` is issued as a warning."""

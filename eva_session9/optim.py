@@ -42,7 +42,7 @@ def triangle(done: float,  # share of the steps that are done; 0 at the start, 1
 class Muon(torch.optim.SGD):
     """SGD with orthogonalised updates for each `nn.Conv2d` with more than three input channels per group.
 
-    Its weight has its norm held at sqrt(out_channels). Warns if the model has none.
+    Its weight has its norm held at sqrt(out_channels); its gradient is overwritten by the step. Warns if the model has none.
 
     Source: [Jordan et al. 2024](https://kellerjordan.github.io/posts/muon/); momentum and norms as in airbench."""
     def __init__(self,
@@ -139,7 +139,7 @@ class Lookahead:
         self.done += 1
         due = self.done % self.every == 0
         if not due and self.done != self.steps: return
-        stay = 0.95**self.every * (self.done / self.steps)**3 if due else 1.0
+        stay = 0.95**self.every * min(1, self.done / self.steps)**3 if due else 1.0
         slow, fast = list(self.slow.values()), list(_learned(self.model).values())
         torch._foreach_lerp_(slow, fast, 1 - stay)
         torch._foreach_copy_(fast, slow)

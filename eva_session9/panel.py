@@ -733,7 +733,8 @@ def _trained_on_in(path):
 def trained_on(card: dict # of a model
               ) -> str:
     "What `--data` was in the command that made the model; '' if the card does not say."
-    words = shlex.split(card.get('command') or '')
+    try: words = shlex.split(card.get('command') or '')
+    except ValueError: return ''  # no command line
     return words[words.index('--data') + 1] if '--data' in words[:-1] else ''
 
 def default_source() -> tuple[str, Path | None]:
@@ -1131,7 +1132,9 @@ def _class_options(picked, classes, shares, listed):
     predicted = classes[picked.predicted] if picked and picked.predicted >= 0 else 'none'
     true = picked.label if picked and picked.label else 'not known'
     own = [(f'predicted: {_shortened(predicted, 20)}', 'predicted'), (f'true: {_shortened(true, 24)}', 'true')]
-    return own + [(f'{_shortened(classes[k], 24)}  {shares[k]:.1%}' if shares else classes[k], k) for k in listed]
+    names = [_shortened(name, 24) for name in classes]
+    if len(set(names)) < len(set(classes)): names = [f'{k}: {name}' for k, name in enumerate(names)]  # which tells them apart
+    return own + [(f'{names[k]}  {shares[k]:.1%}' if shares else names[k], k) for k in listed]
 
 # %% ../nbs/10_panel.ipynb #7834641e
 @patch
@@ -1194,11 +1197,13 @@ def view_png(page: Page,
     captions = ['\n'.join(fill(line, side // 7) for line in caption.split('\n')) for _, caption in page.pictures]
     pictures = [Image.open(BytesIO(blob)) for blob, _ in page.pictures]
     heights = [max(1, side * picture.height // picture.width) for picture in pictures]
-    top, height = 34, max(heights, default=0)
+    width = 12 + step * max(4, len(pictures))
+    head = fill(page.title or page.message, (width - 24) // 7)
+    top, height = 18 + 16 * (head.count('\n') + 1), max(heights, default=0)
     below = 24 + 18 * max([caption.count('\n') + 1 for caption in captions], default=0)
-    canvas = Image.new('RGB', (12 + step * max(4, len(pictures)), top + height + below), 'white')
+    canvas = Image.new('RGB', (width, top + height + below), 'white')
     draw = ImageDraw.Draw(canvas)
-    draw.text((12, 10), page.title or page.message, 'black', font)
+    draw.multiline_text((12, 10), head, 'black', font)
     for x, picture, tall, caption in zip(range(12, 10**6, step), pictures, heights, captions):
         resample = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.BOX
         canvas.paste(picture.resize((side, tall), resample), (x, top))

@@ -142,7 +142,7 @@ class KeyedSampler(Sampler):
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.n).tolist()
 
     def __iter__(self):
-        epoch = self.epoch  # of this pass, whatever is set while it goes on
+        epoch = self.epoch  # of this pass, whatever is set once it has begun
         return ((epoch, index) for index in self.order())
 
 # %% ../nbs/02_preprocessing.ipynb #181b610f
@@ -178,7 +178,7 @@ def loader(images: ImageSet,     # the set
            seed: int = 42,       # of order and augmentation
            num_workers: int = 0, # processes that load; the batches do not depend on how many
            shuffle: bool = True, # a new order each epoch
-           **options             # of `DataLoader`: `drop_last`, `persistent_workers`, `multiprocessing_context`, `pin_memory`, ...
+           **options             # of `DataLoader`, but for its sampler, generator and worker_init_fn: `drop_last`, `pin_memory`, ...
           ) -> KeyedLoader:
     """Batches (x, y): normalised images, float32 (B, 3, H, W), and labels, int64 (B,). Every pass is the same until `set_epoch` is called.
 
@@ -306,9 +306,9 @@ class DropoutTwin(Twin):
                  device: torch.device = torch.device('cpu')): # where the batches are
         super().__init__(transform, device)
         (least_high, high), (least_wide, wide) = transform.hole_height_range, transform.hole_width_range
-        if (least_high, least_wide) != (high, wide) or min(high, wide) < 1 or isinstance(transform.fill, str):
-            raise ValueError('CoarseDropout has a batched twin only for one size in whole pixels and a fill of numbers; '
-                             'use `loader` for others')
+        if (least_high, least_wide) != (high, wide) or min(high, wide) < 1 or not _is_colour(transform.fill):
+            raise ValueError('CoarseDropout has a batched twin only for one size in whole pixels and a fill of one or three numbers '
+                             'from 0 to 255; use `loader` for others')
         self.box = int(high), int(wide)
         self.fill = torch.tensor(transform.fill, dtype=torch.uint8, device=device).view(-1, 1, 1)
 
@@ -321,6 +321,9 @@ class DropoutTwin(Twin):
         rows, columns = (torch.arange(n, device=self.device) - start[:, None] for n, start in zip(images.shape[2:], corners.T))
         high, wide = ((0 <= place) & (place < n) for place, n in zip((rows, columns), self.box))
         return torch.where((high[:, :, None] & wide[:, None])[:, None], self.fill, images)
+
+def _is_colour(fill):
+    return not isinstance(fill, str) and np.size(fill) in (1, 3) and np.min(fill) >= 0 and np.max(fill) <= 255
 
 # %% ../nbs/02_preprocessing.ipynb #6b11dbb0
 class PadTwin(Twin):

@@ -19,6 +19,7 @@ from importlib.resources import files
 from numbers import Integral, Real
 from pathlib import Path
 from pickle import PicklingError, UnpicklingError
+from threading import get_ident
 
 import torch
 from safetensors import SafetensorError
@@ -39,15 +40,19 @@ def write_atomically(path: Path, blob: bytes): # the final file and its content
 
 def _write_together(files):
     "Write each file (path -> content) under a temporary name, and rename them when all are written."
-    parts = {path: path.with_name(f'{path.name}.{os.getpid()}.part') for path in files}
+    parts = {path: path.with_name(f'{path.name}.{os.getpid()}-{get_ident()}.part') for path in files}
+    renamed = False
     try:
         for path, blob in files.items(): _write_to_disk(parts[path], blob)
-        for path, part in parts.items(): os.replace(part, path)
+        for path, part in parts.items():
+            os.replace(part, path)
+            renamed = True
     except OSError as error:
-        for part in parts.values():
-            with suppress(OSError): part.unlink()  # there may be none, or no folder to hold it
         raise CheckpointError(f'{path}: could not write {len(files[path]):,} bytes ({error}); '
                               'free some space or choose another folder') from error
+    finally:
+        for part in () if renamed else parts.values():  # after one renaming, the others complete it
+            with suppress(OSError): part.unlink()  # there may be none, or no folder to hold it
 
 def _write_to_disk(path, blob):
     "Write a file, and wait until it is on the disk."
@@ -73,7 +78,7 @@ def save_model(model: nn.Module,                   # a network of this library, 
     # tied weights are written twice
     state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous().clone() for k, v in model.state_dict().items()}
     for name, value in model.state_dict().items():
-        if (value.cpu().isfinite() & ~state[name].isfinite()).any():
+        if (value.cpu().isfinite() & ~state[name].float().isfinite()).any():
             raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
@@ -169,7 +174,7 @@ def checkpoints(folder: str | Path # of a run
                ) -> list[Path]:    # oldest first
     "The manifests of the finished checkpoints in `folder`."
     numbers = {path: path.stem.removeprefix('epoch-') for path in Path(folder).glob('epoch-*.json')}
-    return sorted((path for path in numbers if numbers[path].isdigit()), key=lambda path: int(numbers[path]))
+    return sorted((path for path in numbers if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
 
 def save_checkpoint(folder: str | Path, # of the run
                     epoch: int,         # epochs done
@@ -179,7 +184,7 @@ def save_checkpoint(folder: str | Path, # of the run
 
     A state that cannot be read back, and a failed write, raise `CheckpointError`."""
     folder, buffer = Path(folder), io.BytesIO()
-    for orphan in folder.glob('epoch-*.part'): orphan.unlink()
+    for orphan in folder.glob('epoch-*.part'): _remove(orphan)
     try:
         torch.save(state, buffer)
         buffer.seek(0)
@@ -192,9 +197,13 @@ def save_checkpoint(folder: str | Path, # of the run
     write_atomically(path, blob)
     write_atomically(path.with_suffix('.json'), json.dumps(manifest).encode())
     others = [file for file in checkpoints(folder) if file != path.with_suffix('.json')]
-    for old in others[:-1]:
-        for file in (old.with_suffix('.pt'), old): file.unlink(missing_ok=True)
+    for old in others[:-1]: _remove(old.with_suffix('.pt'), old)
     return path.with_suffix('.json')
+
+def _remove(*files):
+    "Delete the files in order, up to one that another program holds; the next checkpoint tries again."
+    with suppress(OSError):
+        for file in files: file.unlink(missing_ok=True)
 
 # %% ../nbs/05_save_load.ipynb #a1fcfd01
 def load_checkpoint(path: str | Path # a checkpoint file, or the folder of a run: its newest intact checkpoint

@@ -54,8 +54,9 @@ _FONT = Path(get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf'  # of matplot
 
 def _picture(title, width, height, layout='compressed'):
     "An empty page of this size, in inches, with its title."
-    picture = Picture((width, height), dpi=90, layout=layout)
-    picture.suptitle(title, fontsize=10, parse_math=False)
+    lines = [part for line in title.split('\n') for part in textwrap.wrap(line, int(12 * width))]
+    picture = Picture((width, height + 0.17 * (len(lines) - 1)), dpi=90, layout=layout)
+    picture.suptitle('\n'.join(lines), fontsize=10, parse_math=False)
     return picture
 
 def _image_axes(axes, image, label=''):
@@ -295,6 +296,7 @@ def _check_rows(images, maps, labels):
                         f'{tuple(getattr(images, "shape", ()))}, '
                         'expected uint8 (N, H, W, 3), such as those of the set, or `denormalize(x, mean, std)` for inputs of the model')
     n, layers = len(images), maps.shape[1]
+    if not n: raise ValueError('plot_heatmaps: found no images, expected at least one')
     expected = (n, maps.shape[-3], *images.shape[1:3])
     if maps.shape != expected:
         advice = ("; they were made with target='all', so choose one class, such as `heatmaps.of(0)`" if maps.ndim == 5 else

@@ -1,13 +1,14 @@
 "What the commands say before they work, and when they cannot."
 import io, json, os, re, subprocess, sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eva_session9.cli import (_command, _config, _launcher, _panel, _panel_source, _print, _sets,
+from eva_session9.cli import (_command, _config, _draw, _launcher, _panel, _panel_source, _print, _sets,
                               eva9_explain, eva9_find_lr, eva9_summary, eva9_train)
 from eva_session9.lr_finder import LRCurve
 from eva_session9.models.resnet import resnet18
@@ -72,11 +73,12 @@ def test_fewer_epochs_than_sizes_use_the_last_sizes():
 def test_the_command_starts_as_many_processes_as_the_record_has(hardware, launcher): assert _launcher(hardware) == launcher
 
 
-def test_what_a_terminal_cannot_show_is_a_question_mark(monkeypatch):
+def test_what_a_terminal_cannot_show_is_a_question_mark(tmp_path, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, 'ascii', write_through=True))
     _print('bl\u00fcmchen \udce4')
-    assert written.getvalue() == b'bl?mchen ?\n'
+    _draw([('first', Mock()), ('second', Mock())], tmp_path / '\u00fc')
+    assert written.getvalue().splitlines() == [b'bl?mchen ?', *(f'{tmp_path}/?/{name}.png'.encode() for name in ('first', 'second'))]
 
 
 def test_training_can_begin_with_the_librarys_own_model(tmp_path, capsys):

@@ -88,11 +88,12 @@ def test_bad_files_are_named_and_the_rest_goes_on(tmp_path, capsys):
     (tmp_path / '.hidden').write_text('not looked at')
     (tmp_path / 'whole.jpg').write_bytes(whole)
     with Image.new('1', (5000, 5000)) as large: large.save(tmp_path / 'large.png')
-    assert eva9_explain(str(tmp_path), str(tmp_path / 'absent.png'), layers='layer4', out=str(tmp_path / 'out')) == 1
+    unnameable = str(tmp_path / ('a' * 300))
+    assert eva9_explain(str(tmp_path), str(tmp_path / 'absent.png'), unnameable, layers='layer4', out=str(tmp_path / 'out')) == 1
     said = capsys.readouterr().err
-    for name in ('cut.jpg', 'text.png', 'vector.svg', 'large.png', 'absent.png'):
+    for name in ('cut.jpg', 'text.png', 'vector.svg', 'large.png', 'absent.png', unnameable):
         assert f'{name}' in said, name
-    assert '.hidden' not in said and said.count('skipped') == 5
+    assert '.hidden' not in said and said.count('skipped') == 6
     assert [entry['image'] for entry in explained(tmp_path / 'out')] == [str(tmp_path / 'whole.jpg')]
 
 

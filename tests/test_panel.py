@@ -25,8 +25,8 @@ from eva_session9.engine import Evaluation
 from eva_session9.gradcam import METHODS, Heatmaps
 from eva_session9.models.resnet import resnet18
 from eva_session9.panel import (
-    ORDERS, Explorer, HeatmapPanel, Page, View, default_model_and_images, default_source, png, probe, select, takes_many_passes,
-    view_png, watched)
+    ORDERS, Explorer, HeatmapPanel, Page, View, _class_options, default_model_and_images, default_source, png, probe, select,
+    takes_many_passes, view_png, watched)
 from eva_session9.preprocessing import loader, test_transforms as transforms
 from eva_session9.save_load import save_model
 from eva_session9.visual import overlay
@@ -841,6 +841,11 @@ def test_a_model_whose_card_is_none_is_taken():
     model = convolutional()
     model.card = None
     assert Explorer(model, IMAGES, mean=MEAN, std=STD).classes == IMAGES.classes
+
+
+def test_long_names_that_shorten_alike_are_told_apart():
+    alike = [f"Hound's tongue, form {k}, of the mountains" for k in range(10)]
+    assert len({text for text, _ in _class_options(None, alike, [0.1] * 10, range(10))}) == 12
 
 
 def test_a_view_of_a_very_flat_image_can_be_saved():

@@ -248,10 +248,13 @@ def _hooked(hooks):
 @contextmanager
 def evaluating(model: nn.Module): # any network
     "Context manager: eval mode inside the `with`; on exit each module gets its previous `training` flag back."
-    flags = [(module, module.training) for module in model.modules()]
-    try: yield model.eval()
+    flags = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield model
     finally:
-        for module, training in flags: module.training = training
+        model.train(flags[model])  # layers that merge weights in eval mode take them apart here
+        for module, training in flags.items(): module.training = training
 
 def _eager():
     "Compiled parts run uncompiled, so that hooks fire. Nothing is compiled unless dynamo is loaded, which takes seconds."
@@ -292,7 +295,8 @@ def _backward(seen, t):
     for name, gradient in zip(seen.nodes, found):
         if gradient is not None: continue
         raise ValueError(f'the score does not depend on layer {name!r} by differentiable operations; choose another layer, '
-                         'or a method without gradients such as EigenCAM; if the layer runs in a checkpoint, set use_reentrant=False')
+                         'or a method without gradients such as EigenCAM; if the layer runs in a checkpoint, set use_reentrant=False; '
+                         'if the network runs it under torch.no_grad, let that end at the layer before')
     return {name: _at_least_float32(gradient) for name, gradient in zip(seen.nodes, found)}
 
 # %% ../../nbs/08a_gradcam.cam.ipynb #8732293e
@@ -490,6 +494,7 @@ class GradCAMPlusPlus(CAM):
                  classes: Sequence[str] | None = None,
                  eps: float | None = None): # added to the denominator, 1e-6 in pytorch-grad-cam; None: a form without division by 0
         super().__init__(model, layers, classes)
+        if eps is not None and not eps > 0: raise ValueError(f'eps: found {eps}, expected more than 0, or None')
         self.eps = eps
 
     def heatmap(self, activation: Tensor, gradient: Tensor) -> Tensor:

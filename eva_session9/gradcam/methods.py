@@ -155,7 +155,7 @@ def _finished_before(model, layer, images):
         if module is not layer and not _repeatable(output, versions, len(images)): return
         done[start:] = [(module, output.clone())]
         if module is layer: before[:] = done
-    modules = [module for module in model.modules() if not hasattr(module, '_orig_mod')]
+    modules = [module for module in model.modules() if not (hasattr(module, '_orig_mod') or isinstance(module, torch.jit.ScriptModule))]
     with ExitStack() as hooks:
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -226,7 +226,7 @@ def ablated_logits(model: nn.Module,
     again = tail_logits(model, before, seen.images, node.repeat(2, 1, 1, 1)) - seen.logits.repeat(2, 1)
     if (again.abs() > 0.01 * seen.logits.abs().max()).any():
         raise ValueError(f'run again from {name!r}, the network gives other logits, perhaps because it is random or stateful in eval mode, '
-                         'mixes the images, or changes its input there; use another method')
+                         'mixes the images, changes its input there, or has a forward hook that changes its output; use another method')
     logits = _at_least_float32(seen.logits)[:, None].repeat(1, node.shape[1], 1)
     live = (node != 0).any(0).flatten(1).any(1).nonzero()[:, 0]
     for channels in live.split(max(1, batch_size // n)):
@@ -258,7 +258,7 @@ class RandomCAM(GradientFreeCAM):
     def class_maps(self, seen: ForwardPass, name: str) -> Tensor:
         activation = seen.activations[name]
         generator = torch.Generator().manual_seed(self.seed)
-        weights = 2 * torch.rand(len(activation), 1, activation.shape[1], generator=generator) - 1
+        weights = 2 * torch.rand(len(activation), 1, activation.shape[1], generator=generator, device='cpu') - 1
         return weighted_sum(weights.to(activation.device), activation).expand(-1, seen.scores.shape[1], -1, -1)
 
 # %% ../../nbs/08b_gradcam.methods.ipynb #e4d3e97b

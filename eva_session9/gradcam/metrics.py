@@ -27,7 +27,7 @@ def ranks(maps: Tensor,     # (N, H, W)
     if maps.ndim != 3: raise ValueError(f'maps: found shape {tuple(maps.shape)}, expected (N, H, W): {_CHOOSE}')
     if not maps.isfinite().all(): raise ValueError(_NOT_FINITE)
     flat = maps.flatten(1)
-    shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed)).to(maps.device)
+    shuffled = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(seed), device='cpu').to(maps.device)
     order = shuffled[flat[:, shuffled].argsort(dim=1, descending=True, stable=True)]
     return order.argsort(1).view_as(maps)
 
@@ -54,7 +54,7 @@ def confidence(model: nn.Module,
         raise TypeError(f'target: found {target!r}, expected a class for each image, such as `heatmaps.target`, or one class')
     if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module  # which would wait for the other processes
     device = next(model.parameters(), images).device
-    with evaluating(model): logits = _checked_logits(model(images.to(device)))
+    with evaluating(model): logits = _checked_logits(model(images.to(device, copy=True)))  # which it may change in place
     if logits.shape[1] < 2:
         raise ValueError('confidence: the model gives one logit z, whose softmax is always 1; '
                          'wrap it so that it gives two, such as (-z / 2, z / 2)')
@@ -167,7 +167,7 @@ def fill_in(images: Tensor,        # (N, C, H, W), normalised
         from_rim = torch.where(unknown, _neighbours(torch.where(unknown, 0, images)), 0)
         solved = conjugate_gradient(laplacian, from_rim)
     generator = torch.Generator().manual_seed(seed)
-    grain = noise * torch.randn(images.shape[1:], generator=generator).to(images)
+    grain = noise * torch.randn(images.shape[1:], generator=generator, device='cpu').to(images)
     return torch.where(unknown, solved + grain, images).to(dtype)
 
 def _neighbours(x):
@@ -269,13 +269,15 @@ def spearman(a: Tensor, # maps, (N, h, w)
              b: Tensor  # maps, (N, h, w)
              ) -> Tensor:
     "Spearman's rank correlation of each pair of maps, (N,); tied cells get their mean rank, a uniform map gives 0."
-    if a.ndim != 3: raise ValueError(f'maps: found shape {tuple(a.shape)}, expected (N, h, w), one map an image')
+    if a.ndim != 3 or a.shape != b.shape:
+        raise ValueError(f'maps: found shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (N, h, w) twice, one map an image')
     if not (a.isfinite().all() and b.isfinite().all()): raise ValueError(_NOT_FINITE)
     first, second = (F.normalize(_mean_ranks(maps.flatten(1).to(torch.promote_types(maps.dtype, torch.float32))), dim=1) for maps in (a, b))
     return (first * second).sum(1)
 
 def _mean_ranks(flat):
     "Ranks within each row, equal values sharing theirs, less their mean."
+    flat = flat.contiguous()  # else PyTorch warns
     ordered = flat.sort(1).values
     total = torch.searchsorted(ordered, flat) + torch.searchsorted(ordered, flat, right=True)
     return total.float() - flat.shape[1]
@@ -323,7 +325,7 @@ def _estimate_statistics(model, redrawn, images):
     momenta = [norm.momentum for norm in norms]
     for norm in norms: norm.momentum = 1.0
     for norm in norms: norm.train()
-    model(images.to(next(model.parameters(), images).device))
+    model(images.to(next(model.parameters(), images).device, copy=True))
     for norm, momentum in zip(norms, momenta): norm.eval().momentum = momentum
 
 # %% ../../nbs/08c_gradcam.metrics.ipynb #320d3613
@@ -354,7 +356,7 @@ def logit_similarity(cam: CAM,        # a CAM method, such as `GradCAM(model, 'l
     "Layer -> rank correlation of the maps for the predicted class and for a random other class, (N,): at 1 the class has no effect."
     predicted = cam(images)
     n, k = predicted.logits.shape
-    steps = torch.randint(1, k, (n,), generator=torch.Generator().manual_seed(seed)).to(predicted.target)
+    steps = torch.randint(1, k, (n,), generator=torch.Generator().manual_seed(seed), device='cpu').to(predicted.target)
     other = cam(images, (predicted.target + steps) % k)
     return {name: spearman(raw, other.raw[name]) for name, raw in predicted.raw.items()}
 
@@ -369,6 +371,6 @@ def bootstrap(values: Tensor,       # one for each image, (N,)
         raise ValueError(f'bootstrap: found values {tuple(values.shape)}, level {level} and {draws} draws, '
                          'expected (N,) with N at least 1, a level between 0 and 1, and draws')
     values = values.cpu().double()
-    index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
-    ends = values[index].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed), device='cpu')
+    ends = values[index].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device='cpu'))
     return values.mean().item(), *ends.tolist()
