@@ -52,7 +52,7 @@ def train_step(model: nn.Module,                 # in train mode
                precision: str = 'fp32',          # 'fp32' or 'bf16'
                label_smoothing: float = 0.0      # fraction of the target spread evenly over all classes
               ) -> tuple[Tensor, Tensor]:        # mean loss, and logits (B, K) before the step
-    """Forward, cross-entropy, backward, step.
+    """Forward, cross-entropy, backward, step; with 'bf16' the forward pass and the step run under autocast.
 
     A loss that is not finite raises `FloatingPointError` before the weights change, a label out of range `ValueError` (on a GPU, CUDA's own
     error), LBFGS `TypeError`."""

@@ -28,8 +28,8 @@ def summary(model: nn.Module,                       # any network for images
     """Output shape, parameters and multiply-adds of every layer, to nesting depth 4.
 
     An image that the model fails on raises `ValueError`, one too large for memory `MemoryError`."""
-    if len(size) != 3 or min(size) < 1: raise ValueError(f'size: found {size}, expected (channels, height, width), each at least 1, '
-                                                         'such as (3, 32, 32)')
+    if not isinstance(size, tuple | list) or len(size) != 3 or min(size) < 1:
+        raise ValueError(f'size: found {size}, expected (channels, height, width), each at least 1, such as (3, 32, 32)')
     p = next(model.parameters(), torch.zeros(0))
     flags = {module: module.training for module in model.modules()}
     try: table = torchinfo.summary(model, input_data=torch.zeros(1, *size, dtype=p.dtype, device=p.device), device=p.device,

@@ -278,7 +278,8 @@ def plot_heatmaps(images: np.ndarray,                # the images explained, uin
     titles = ['image', *(f'{_wrapped(name, 18)}\n{h} x {w} cells' for name, (h, w) in heatmaps.grid.items())]
     beside = max((len(line) for label in labels for line in label.split('\n')), default=0)
     width = 1.15 * len(titles) + (max(1.1, 0.055 * beside) if labels else 0)
-    picture = _picture(title, width, 1.15 * len(images) + 0.44 + 0.13 * max(text.count('\n') + 1 for text in titles))
+    high = 1.15 * min(3, max(0.4, images.shape[1] / images.shape[2]))
+    picture = _picture(title, width, high * len(images) + 0.44 + 0.13 * max(text.count('\n') + 1 for text in titles))
     grid = picture.subplots(len(images), len(titles), squeeze=False)
     for row, image, image_maps, status in zip(grid, images, maps, heatmaps.status):
         _image_axes(row[0], image)
