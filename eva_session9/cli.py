@@ -73,7 +73,7 @@ def _sets(data, root=None, limit=None, size=32):
 def _check_data(data, root, limit):
     "Raise for flags that name no data, or that do not fit it."
     if limit is not None and limit < 1: raise ValueError(f'--limit: found {limit}, expected at least 1')
-    if data not in ('cifar10', 'shapes') and not (data and Path(data).expanduser().is_dir()):  # '' would be the current folder
+    if data not in ('cifar10', 'shapes') and not (data and Path(data).is_dir()):  # '' would be the current folder
         raise ValueError(f"--data: found {data!r}, expected 'cifar10', 'shapes' or an existing folder with classes")
     if root and data != 'cifar10': raise ValueError(f'--root: found {root}, the folder of CIFAR-10, with --data {data}; use --data cifar10')
 
@@ -109,7 +109,7 @@ def eva9_train(
         from eva_session9.engine import fit, test
         from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import checkpoints, recipe_model
-        recipe, sets, out = _config(config, epochs, pretrained), _sets(data, root, limit), Path(out).expanduser()
+        recipe, sets, out = _config(config, epochs, pretrained), _sets(data, root, limit), Path(out)
         train_batches, test_batches = recipe_batches(recipe, *sets)
         cudnn.benchmark = True  # without effect on a CPU
         seed_everything(recipe.seed)
@@ -199,7 +199,7 @@ def eva9_find_lr(
         from eva_session9.preprocessing import recipe_batches
         from eva_session9.save_load import recipe_model, write_atomically
         from eva_session9.visual import plot_lr
-        recipe, sets, out = _config(config, pretrained=pretrained), _sets(data, root, limit), Path(out).expanduser()
+        recipe, sets, out = _config(config, pretrained=pretrained), _sets(data, root, limit), Path(out)
         _check_writable(out)
         seed_everything(recipe.seed)
         model = recipe_model(recipe, len(sets[0].classes))
@@ -233,7 +233,7 @@ def eva9_explain(
     with _one_line_errors('eva9_explain'):
         from eva_session9.save_load import load_model, pretrained
         from eva_session9.config import pick_device
-        model, out = (load_model(weights) if weights else pretrained()).to(pick_device()), Path(out).expanduser()
+        model, out = (load_model(weights) if weights else pretrained()).to(pick_device()), Path(out)
         if bool(images) == bool(data):
             found = 'both image files and --data' if data else 'neither image files nor --data'
             raise ValueError(f"found {found}, expected one of the two, such as --data cifar10 for the library's own model")
@@ -358,7 +358,7 @@ def _write_numbers(found, out, sheets):
     from eva_session9.save_load import write_atomically
     for path in out.glob('heatmaps-*.png'):
         number = path.stem.removeprefix('heatmaps-')
-        if number.isdigit() and int(number) > sheets: path.unlink()
+        if number.isdecimal() and int(number) > sheets: path.unlink()
     write_atomically(out / 'heatmaps.json', json.dumps(found, indent=1, allow_nan=False).encode())
     _print(out / 'heatmaps.json')
 
@@ -378,7 +378,7 @@ def eva9_summary(
         from eva_session9.save_load import load_model, write_atomically
         from eva_session9.summary import summary
         model = load_model(weights) if weights else make_model(_config(config).architecture, 10)
-        table, out = summary(model, (3, size, size)), Path(out).expanduser()
+        table, out = summary(model, (3, size, size)), Path(out)
         write_atomically(out / 'summary.txt', str(table).encode())
         _print(table)  # not every terminal can show the lines of a tree
         _print(out / 'summary.txt')

@@ -8,7 +8,7 @@ Docs: https://eva-session9.github.io/eva_session9/config.html.md"""
 __all__ = ['Config', 'config_from', 'seed_everything', 'rng_state', 'set_rng_state', 'pick_device', 'hardware', 'versions']
 
 # %% ../nbs/00_config.ipynb #dd9c1ec8
-import os, platform, random
+import operator, os, platform, random
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
@@ -102,7 +102,7 @@ _CHOICES = {
 def _check(field, value):
     "Raise unless `value` has the type and the range of `field`."
     name = field.name
-    allowed = {int: Integral, float: Real}.get(field.type, field.type)  # also NumPy's
+    allowed = {int: Integral, float: Real}.get(field.type, field.type)  # also NumPy's, but in sizes
     if not isinstance(value, allowed) or isinstance(value, bool) != (field.type is bool):
         raise TypeError(f'Config.{name}: found {value!r} ({type(value).__name__}), expected {field.type.__name__}')
     if name in _CHOICES and value not in _CHOICES[name]:
@@ -140,7 +140,7 @@ def config_from(values: dict # field name -> value, as `dataclasses.asdict` give
 # %% ../nbs/00_config.ipynb #83c5e3c6
 def seed_everything(seed: int): # 0 to 2**32 - 1
     "Seed Python's, NumPy's and PyTorch's global generators (CUDA included)."
-    seed = int(seed)  # Python's generator takes no other
+    seed = operator.index(seed)  # Python's generator takes no integers of NumPy
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

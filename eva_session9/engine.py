@@ -139,7 +139,7 @@ def train(model: nn.Module,                 # on its device; put into train mode
     _train_mode(model)
     loss, correct, n = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for i, batch in enumerate(progress := _one_pass(batches, label)):
-        x, y = _checked_pair(batch, device)
+        x, y = _checked_pair(batch, device, 1)
         try: batch_loss, logits = step(model, x, y, optimizer, precision)
         except FloatingPointError as error: raise FloatingPointError(f'{label}: {_where(error, batches, i)}') from error
         except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
@@ -184,15 +184,15 @@ def _summed(device, *numbers):
     dist.all_reduce(sums)
     return sums.tolist()
 
-def _checked_pair(batch, device):
+def _checked_pair(batch, device, least=0):
     "The images and labels of a batch on the device, or an error that says what the batch holds."
     parts = batch if isinstance(batch, list | tuple) else [batch]
     if len(parts) == 2 and all(isinstance(part, Tensor) for part in parts):
         x, y = (part.to(device, non_blocking=True) for part in parts)
-        if x.is_floating_point() and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y): return x, y
+        if x.is_floating_point() and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y) >= least: return x, y
     found = ' and '.join(f'{part.dtype} {tuple(part.shape)}' if isinstance(part, Tensor) else type(part).__name__ for part in parts)
     raise TypeError(f'batches: found {found}, expected two tensors a batch: images, float (B, 3, H, W), and labels, int64 (B,), '
-                    'with B of 1 or more')
+                    f'with B of {least} or more')
 
 def _ours(batches):
     "Whether the batches are of this library, which know the images in each batch."
@@ -309,7 +309,8 @@ def test(model: nn.Module,        # on its device; its train flags are restored
                 except torch.OutOfMemoryError as error: raise MemoryError(_too_large(device, len(y))) from error
                 labels.append(y.cpu())
     finally:
-        model.train(flags[model])  # for layers that act on it
+        for module, flag in flags.items():
+            if module.training != flag: module.train(flag)  # for layers that act on it
         for module, flag in flags.items(): module.training = flag
     if not labels: raise ValueError(_NO_BATCHES.format('test'))
     logits, labels = torch.cat(logits), torch.cat(labels)
@@ -387,7 +388,7 @@ class History:
 
     def save(self, path: str | Path): # a JSON file
         "Write the record as JSON, with null for numbers that are not finite."
-        epochs = [{name: value if math.isfinite(value) else None for name, value in epoch.items()}
+        epochs = [{name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in epoch.items()}
                   for epoch in self.epochs]
         write_atomically(Path(path), json.dumps({**self.to_dict(), 'history': epochs}, indent=1, allow_nan=False).encode())
 
@@ -798,7 +799,9 @@ def _generators(batches):
     "The generators of their own that a DataLoader and its samplers hold."
     batch_sampler = getattr(batches, 'batch_sampler', None)
     owners = batches, getattr(batches, 'sampler', None), batch_sampler, getattr(batch_sampler, 'sampler', None)
-    return [value for owner in owners for value in getattr(owner, '__dict__', {}).values() if isinstance(value, torch.Generator)]
+    kept = ([getattr(owner, 'generator', None), *getattr(owner, '__dict__', {}).values()] for owner in owners)
+    once = ({id(value): value for value in values if isinstance(value, torch.Generator)} for values in kept)
+    return [generator for found in once for generator in found.values()]
 
 def _data(batches):
     "What a checkpoint remembers of the data: batches an epoch, and where the batches know them, the hash of the set and the transforms."

@@ -8,6 +8,7 @@ Docs: https://eva-session9.github.io/eva_session9/lr_finder.html.md"""
 __all__ = ['local_lines', 'LRCurve', 'find_lr']
 
 # %% ../nbs/07_lr_finder.ipynb #43a4f917
+import copy
 import json
 import math
 import time
@@ -196,9 +197,11 @@ def _copies(model, optimizer, config, device):
     theirs = {id(p) for group in optimizer.param_groups for p in group['params']}
     if not theirs <= {id(p) for p in model.parameters()}:
         raise ValueError('the optimizer holds parameters that the model does not; build it from model.parameters()')
-    own = {name: value for name, value in vars(optimizer).items() if name != 'step'}  # which a schedule binds to the original
-    trial, trial_optimizer, own = _copied(model, optimizer, own)
-    for name, value in own.items(): vars(trial_optimizer).setdefault(name, value)  # PyTorch does not copy what a subclass adds
+    copied = vars(copy.copy(optimizer))  # without what a subclass adds
+    own = {name: value for name, value in vars(optimizer).items() if name not in copied and not callable(value)}
+    try: trial, trial_optimizer, own = _copied(model, optimizer, own)
+    except (TypeError, RuntimeError): (trial, trial_optimizer), own = _copied(model, optimizer), {}  # a lock cannot be copied
+    vars(trial_optimizer).update(own)
     _train_mode(trial.to(device))
     trial_optimizer.load_state_dict(trial_optimizer.state_dict())  # moves the momentum to where the weights went
     return trial, trial_optimizer
@@ -260,7 +263,7 @@ def _sweep(curve, model, optimizer, batches, lrs, device, step):
     if base[0] == 0: raise ValueError('the first parameter group has learning rate 0, so there is no ratio to it; put another group first')
     for lr, batch in zip(tqdm(lrs, 'find_lr', leave=False), batches):
         for group, rate in zip(optimizer.param_groups, base): group['lr'] = lr * rate / base[0]
-        x, y = _checked_pair(batch, device)
+        x, y = _checked_pair(batch, device, 1)
         x = _resized(x, curve.config.size(0))
         try:
             loss = float(step(model, x, y, optimizer, curve.precision)[0])

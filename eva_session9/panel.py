@@ -533,8 +533,10 @@ def _statistics(model, mean, std):
 
 def _own_copy(model):
     "The network without wrappers, as a copy in eval mode."
-    try: return _copied(unwrap(model)).eval()
+    try: own = _copied(unwrap(model))
     except Exception as error: raise ValueError(f'the model cannot be copied: {error}') from error
+    own.eval()
+    return own
 
 def _checked(evaluation, images, logits):
     "The logits of an evaluation that is of these images and, as far as is known, of this model."

@@ -41,18 +41,20 @@ def write_atomically(path: Path, blob: bytes): # the final file and its content
 def _write_together(files):
     "Write each file (path -> content) under a temporary name, and rename them when all are written."
     parts = {path: path.with_name(f'{path.name}.{os.getpid()}-{get_ident()}.part') for path in files}
-    renamed = False
     try:
         for path, blob in files.items(): _write_to_disk(parts[path], blob)
-        for path, part in parts.items():
-            os.replace(part, path)
-            renamed = True
+        for path, part in parts.items(): os.replace(part, path)
     except OSError as error:
         raise CheckpointError(f'{path}: could not write {len(files[path]):,} bytes ({error}); '
                               'free some space or choose another folder') from error
     finally:
-        for part in () if renamed else parts.values():  # after one renaming, the others complete it
-            with suppress(OSError): part.unlink()  # there may be none, or no folder to hold it
+        if os.path.exists(next(iter(parts.values()))):  # nothing is renamed; after one renaming, the others complete it
+            for part in parts.values(): _remove(part)
+
+def _remove(*files):
+    "Delete the files in order, up to one that another program holds."
+    with suppress(OSError):
+        for file in files: file.unlink(missing_ok=True)
 
 def _write_to_disk(path, blob):
     "Write a file, and wait until it is on the disk."
@@ -78,7 +80,7 @@ def save_model(model: nn.Module,                   # a network of this library, 
     # tied weights are written twice
     state = {k: (v.to(dtype) if v.is_floating_point() else v).cpu().contiguous().clone() for k, v in model.state_dict().items()}
     for name, value in model.state_dict().items():
-        if (value.cpu().isfinite() & ~state[name].float().isfinite()).any():
+        if (value.cpu().isfinite() & ~state[name].double().isfinite()).any():
             raise ValueError(f'{name}: found values too large for {dtype}; save as torch.float32')
     blob = to_safetensors(state)
     card = {**card, 'sha256': hashlib.sha256(blob).hexdigest()}
@@ -197,13 +199,8 @@ def save_checkpoint(folder: str | Path, # of the run
     write_atomically(path, blob)
     write_atomically(path.with_suffix('.json'), json.dumps(manifest).encode())
     others = [file for file in checkpoints(folder) if file != path.with_suffix('.json')]
-    for old in others[:-1]: _remove(old.with_suffix('.pt'), old)
+    for old in others[:-1]: _remove(old.with_suffix('.pt'), old)  # in this order: what is left is found next time
     return path.with_suffix('.json')
-
-def _remove(*files):
-    "Delete the files in order, up to one that another program holds; the next checkpoint tries again."
-    with suppress(OSError):
-        for file in files: file.unlink(missing_ok=True)
 
 # %% ../nbs/05_save_load.ipynb #a1fcfd01
 def load_checkpoint(path: str | Path # a checkpoint file, or the folder of a run: its newest intact checkpoint

@@ -54,9 +54,9 @@ _FONT = Path(get_data_path()) / 'fonts' / 'ttf' / 'DejaVuSans.ttf'  # of matplot
 
 def _picture(title, width, height, layout='compressed'):
     "An empty page of this size, in inches, with its title."
-    lines = [part for line in title.split('\n') for part in textwrap.wrap(line, int(12 * width))]
-    picture = Picture((width, height + 0.17 * max(0, len(lines) - 1)), dpi=90, layout=layout)
-    picture.suptitle('\n'.join(lines), fontsize=10, parse_math=False)
+    text = '\n'.join(textwrap.fill(line, int(13 * width)) for line in title.split('\n'))
+    picture = Picture((width, height + 0.17 * text.count('\n')), dpi=90, layout=layout)
+    picture.suptitle(text, fontsize=10, parse_math=False)
     return picture
 
 def _image_axes(axes, image, label=''):

@@ -253,7 +253,8 @@ def evaluating(model: nn.Module): # any network
         model.eval()
         yield model
     finally:
-        model.train(flags[model])  # layers that merge weights in eval mode take them apart here
+        for module, training in flags.items():
+            if module.training != training: module.train(training)  # layers that merge weights in eval mode take them apart here
         for module, training in flags.items(): module.training = training
 
 def _eager():

@@ -290,7 +290,8 @@ def randomized(model: nn.Module,
                seed: int = 0           # of the new weights; the global random state is unchanged
                ) -> Iterator[tuple[str, nn.Module]]:
     "Yield each stage's name and a copy of the network with this stage and all before it in `stages` re-initialised (Adebayo et al. 2018)."
-    changed, redrawn = _copied(unwrap(model)).eval(), nn.ModuleList()
+    changed, redrawn = _copied(unwrap(model)), nn.ModuleList()
+    changed.eval()
     for i, (name, stage) in enumerate(find_layers(changed, stages).items()):
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(seed + i)
