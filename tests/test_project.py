@@ -34,8 +34,8 @@ SHORT = {'3788a5ccf1694e7fb05eeb6585b962c5edaaecf912f16072319fe2ca2b9b941e',
          '38789f5290ec18e2bc2533f614627dcc38d2f4f5f551a2ace1ec6394bc85ffa7',
          '304e2d41816f771bd00befa387cfa9fd5d6747822989c4462bc6de910b507df3'}  # of the shorter trainings, never shipped
 REGULARISED = '5f74f512a0e0270c88ee76bda7ee93348366bffd71d54084825a9f1803308f3e'  # of a variant of the fast recipe, never shipped
-OTHER_WEIGHTS = {'session9.json': {COURSE}, 'networks_regularised.json': {REGULARISED}, 'networks.json': EARLIER, 'networks_short.json': SHORT,
-                 'cam_study_course.json': {BEFORE}}  # BEFORE: were shipped then
+OTHER_WEIGHTS = {'session9.json': {COURSE}, 'networks.json': EARLIER, 'networks_short.json': SHORT,
+                 'networks_regularised.json': {REGULARISED}, 'cam_study_course.json': {BEFORE}}  # BEFORE: were shipped then
 
 
 def module_name(path):
