@@ -191,8 +191,8 @@ def _checked_pair(batch, device, least=0):
         x, y = (part.to(device, non_blocking=True) for part in parts)
         if x.is_floating_point() and y.dtype == torch.int64 and y.shape == x.shape[:1] and len(y) >= least: return x, y
     found = ' and '.join(f'{part.dtype} {tuple(part.shape)}' if isinstance(part, Tensor) else type(part).__name__ for part in parts)
-    raise TypeError(f'batches: found {found}, expected two tensors a batch: images, float (B, 3, H, W), and labels, int64 (B,), '
-                    f'with B of {least} or more')
+    raise TypeError(f'batches: found {found}, expected two tensors a batch: images, float (B, 3, H, W), and labels, int64 (B,)'
+                    + ', of one image or more' * least)
 
 def _ours(batches):
     "Whether the batches are of this library, which know the images in each batch."
